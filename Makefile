@@ -1,0 +1,121 @@
+# Everything a person or a CI machine runs goes through here; `make help` lists it.
+
+MODEL  ?= smollm2-135m
+DEVICE ?= cpu
+TIER   ?= all
+CUDA   ?= auto
+Q      := $(if $(V),,@)
+CC     := $(if $(filter default,$(origin CC)),cc,$(CC))
+
+# VENV=system uses the python3 in PATH with the packages it has (a GPU machine without network); otherwise
+# a .venv with the pinned ones is made on first use.
+ifeq ($(VENV),system)
+PYTHON := python3
+PACKAGES :=
+else
+PYTHON := .venv/bin/python
+PACKAGES := .venv/.installed
+endif
+
+# nvcc: CUDA_HOME, then PATH, then the PyPI toolkit in the environment. CUDA=none builds the twin alone.
+ifeq ($(CUDA),none)
+NVCC :=
+else
+WHEEL_CUDA := $(shell $(PYTHON) -c "import nvidia.cu13 as c; print(list(c.__path__)[0])" 2>/dev/null)
+NVCC := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc 2>/dev/null) $(wildcard $(WHEEL_CUDA)/bin/nvcc))
+endif
+
+LIBRARY := engine/libengine.so
+CFLAGS  := -std=gnu11 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Werror -Wno-psabi -pthread
+NVFLAGS := -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -fmad=false -Werror all-warnings \
+           -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra
+
+C_FILES := $(wildcard csrc/twin/*.c csrc/model/*.c csrc/runtime/*.c)
+ifeq ($(NVCC),)
+C_FILES += csrc/kernels/no_cuda.c
+CU_FILES :=
+LINK = $(CC) -shared -pthread -Wl,--no-undefined -o $@ $(OBJECTS) -lm
+else
+C_FILES += $(filter-out csrc/kernels/no_cuda.c,$(wildcard csrc/kernels/*.c))
+CU_FILES := $(wildcard csrc/kernels/*.cu)
+NVCC_ROOT := $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
+# The wheel's toolkit keeps its libraries in lib, a system's in lib64; naming both serves either.
+LINK = "$(NVCC)" -shared -cudart static -L"$(NVCC_ROOT)/lib" -L"$(NVCC_ROOT)/lib64" -Xcompiler -pthread \
+       -Xlinker --no-undefined -o $@ $(OBJECTS) -lm
+endif
+OBJECTS := $(patsubst csrc/%,build/%.o,$(C_FILES) $(CU_FILES))
+
+.DEFAULT_GOAL := build
+.PHONY: help build verify test golden bench lint format clean cuda-wheel FORCE
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@echo "  variables       MODEL=$(MODEL) DEVICE=$(DEVICE) TIER=$(TIER) CUDA=auto|none|wheel VENV=system V=1"
+
+build: $(LIBRARY)  ## the engine's shared library; with nvcc both backends, without it the CPU twin alone
+
+verify: $(LIBRARY) $(PACKAGES)  ## every operator of every layer against transformers: the verdict table
+	@$(PYTHON) -m verification --model "$(MODEL)" --device $(DEVICE) $(ARGS)
+
+test: $(LIBRARY) $(PACKAGES)  ## the tests; TIER=fast leaves out the slow ones
+	$(PYTHON) -m pytest $(if $(filter fast,$(TIER)),-m "not slow") $(ARGS)
+
+golden: $(LIBRARY) $(PACKAGES)  ## record golden/ again; refuses a dirty tree, shows what changed
+	$(PYTHON) -m verification.record $(ARGS)
+
+bench: $(LIBRARY) $(PACKAGES)  ## benchmarks of the operators and of the engine
+	$(PYTHON) -m pytest tests/benchmarks --benchmark-only -o addopts="--import-mode=importlib" $(ARGS)
+
+lint: $(PACKAGES)  ## ruff and clang-format, checking only
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	find csrc \( -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(PYTHON) -m clang_format --dry-run -Werror
+
+format: $(PACKAGES)  ## ruff and clang-format, rewriting
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	find csrc \( -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(PYTHON) -m clang_format -i
+
+clean:  ## what was built; .venv and the model cache stay
+	rm -rf build engine/libengine.so verify.json verify.html
+
+# The environment: made once, made again when the pins change.
+.venv/.installed: requirements.txt
+	@echo "making .venv with the pinned packages (once; a few minutes)"
+	@python3 -m venv .venv
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+ifeq ($(CUDA),wheel)
+ifneq ($(VENV),system)
+$(OBJECTS): .venv/.cuda
+.venv/.cuda: .venv/.installed
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check "cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]==13.0.2"
+	@touch $@
+	@echo "the CUDA toolkit is in .venv now: run make again to build with it" && false
+endif
+endif
+
+# Written on every run, changed only when its content changes: what the objects were built from and with.
+build/source_stamp: FORCE
+	@mkdir -p build && python3 engine/source_stamp.py > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+build/flags: FORCE
+	@mkdir -p build && echo '$(CC) $(CFLAGS) $(NVCC) $(NVFLAGS) $(OBJECTS)' > $@.new
+	@cmp -s $@.new $@ && rm $@.new || { mv $@.new $@; \
+	  echo "$(if $(NVCC),building the CPU twin and the CUDA kernels ($(NVCC)),building the CPU twin alone: no nvcc found)"; }
+
+build/%.c.o: csrc/%.c build/flags
+	@mkdir -p $(@D) && echo "  cc    $<"
+	$(Q)$(CC) $(CFLAGS) -MMD -MP -c $< -o $@
+build/runtime/status.c.o: CFLAGS += -DBUILT_WITH_CUDA=$(if $(NVCC),1,0) -DSOURCE_STAMP='"$(shell cat build/source_stamp 2>/dev/null)"'
+build/runtime/status.c.o: build/source_stamp
+build/%.cu.o: csrc/%.cu build/flags
+	@mkdir -p $(@D) && echo "  nvcc  $<"
+	$(Q)"$(NVCC)" $(NVFLAGS) -MMD -MP -c $< -o $@
+
+$(LIBRARY): $(OBJECTS)
+	@echo "  link  $@"
+	$(Q)$(LINK)
+
+-include $(OBJECTS:.o=.d)

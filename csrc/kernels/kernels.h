@@ -1,0 +1,198 @@
+// kernels.h -- the catalogue: each operation's signature, once, and the table through which the model calls
+// it.
+//
+// Two tables exist: twin/ fills one in plain C, kernels/ fills one in CUDA. Both obey docs/numerics.md, so
+// they give the same bits. Destination first, then inputs, sizes, scalars, stream. Pointers are the
+// backend's own memory (host for the twin, device for CUDA). Preconditions are checked by the caller
+// (runtime/batch.c, runtime/ops.c); operations trust.
+
+#pragma once
+#include "../common/bf16.h"
+#include "../common/status.h"
+
+// Where work runs and in which order: a CUDA stream, or the twin's pool of threads.
+typedef struct StreamImpl *Stream;
+
+// A weight matrix [rows, cols] in the backend's own packed layout (pack_weight); cols multiple of 16.
+typedef struct Matrix {
+    void *data;
+    int rows;
+    int cols;
+} Matrix;
+
+// One layer of the paged KV cache. A block holds its K tile, then its V tile, per kv head:
+// element (slot, head, d) of K is at ((block * num_kv_heads + head) * 2 * block_size + offset) * head_dim +
+// d with block = slot / block_size, offset = slot % block_size; V follows K's block_size * head_dim values.
+// A backend may permute values inside one tile (the GPU swizzles) as long as copy_kv undoes it.
+typedef struct KvLayer {
+    bf16 *data;
+    int num_blocks;
+    int block_size;  // tokens per block
+    int num_kv_heads;
+    int head_dim;
+} KvLayer;
+
+// The index arrays of one step, in the backend's memory; shapes as in EngineBatch.
+typedef struct BatchIndex {
+    int num_tokens;
+    int num_seqs;
+    int max_blocks_per_seq;
+    int num_logits;
+    int max_seq_len_q;  // longest run of new tokens of one sequence
+    int max_seq_len;    // longest sequence after this step
+    const int32_t *input_ids;
+    const int32_t *positions;
+    const int32_t *slot_mapping;
+    const int32_t *cu_seqlens_q;
+    const int32_t *seq_lens;
+    const int32_t *block_tables;
+    const int32_t *logits_indices;
+} BatchIndex;
+
+// Devices and memory.
+typedef Status OpenStream(Stream *stream, int num_threads);
+typedef void CloseStream(Stream stream);
+typedef Status Alloc(void **memory, size_t bytes, Stream stream);  // contents undefined
+typedef void Free(void *memory, Stream stream);
+typedef Status CopyIn(void *to, const void *from_host, size_t bytes, Stream stream);
+typedef Status CopyOut(void *to_host, const void *from, size_t bytes, Stream stream);  // done on return
+typedef Status Synchronize(Stream stream);
+
+// Weights: row-major bf16 [rows, cols] on the host <-> the packed layout.
+typedef size_t PackedBytes(int rows, int cols);
+typedef Status PackWeight(Matrix *packed, const bf16 *weight, Stream stream);
+typedef Status UnpackWeight(bf16 *weight, const Matrix *packed, Stream stream);
+
+// out[t] = row ids[t] of table.
+typedef Status Embedding(bf16 *out,            // [num_tokens, table->cols]
+                         const Matrix *table,  // [vocab_size, hidden_size]
+                         const int32_t *ids,   // [num_tokens]
+                         int num_tokens, Stream stream);
+
+// out[i] = x[indices[i]], whole rows.
+typedef Status GatherRows(bf16 *out,               // [num_rows, width]
+                          const bf16 *x,           // [.., width]
+                          const int32_t *indices,  // [num_rows]
+                          int num_rows, int width, Stream stream);
+
+typedef Status RmsNorm(bf16 *out,           // [num_tokens, hidden_size]
+                       const bf16 *x,       // [num_tokens, hidden_size]
+                       const bf16 *weight,  // [hidden_size]
+                       int num_tokens, int hidden_size, float eps, Stream stream);
+
+// out = x weightᵀ, rounded to bf16.
+typedef Status Linear(bf16 *out,             // [num_tokens, weight->rows]
+                      const bf16 *x,         // [num_tokens, weight->cols]
+                      const Matrix *weight,  // [out_features, in_features]
+                      int num_tokens, Stream stream);
+
+// out = x weightᵀ, left in float32: the logits.
+typedef Status LinearF32(float *out,            // [num_tokens, weight->rows]
+                         const bf16 *x,         // [num_tokens, weight->cols]
+                         const Matrix *weight,  // [out_features, in_features]
+                         int num_tokens, Stream stream);
+
+typedef Status RotaryEmbedding(bf16 *out,                 // [num_tokens, num_heads, head_dim]
+                               const bf16 *x,             // [num_tokens, num_heads, head_dim]
+                               const bf16 *table,         // [max_positions, head_dim]: cos | sin
+                               const int32_t *positions,  // [num_tokens]
+                               int num_tokens, int num_heads, int head_dim, Stream stream);
+
+typedef Status WriteKvCache(const KvLayer *cache,
+                            const bf16 *k,                // [num_tokens, num_kv_heads, head_dim]
+                            const bf16 *v,                // [num_tokens, num_kv_heads, head_dim]
+                            const int32_t *slot_mapping,  // [num_tokens]
+                            int num_tokens, Stream stream);
+
+// Slots of one layer, read back to the host.
+typedef Status ReadKvCache(bf16 *k,  // host [num_slots, num_kv_heads, head_dim]
+                           bf16 *v,  // host [num_slots, num_kv_heads, head_dim]
+                           const KvLayer *cache,
+                           const int32_t *slots,  // host [num_slots]
+                           int num_slots, Stream stream);
+
+// Sets all values of one block of one layer.
+typedef Status FillBlock(const KvLayer *cache, int block_id, bf16 value, Stream stream);
+
+// Causal attention of each new token over its sequence's cached keys, its own included.
+typedef Status Attention(bf16 *out,      // [num_tokens, num_heads, head_dim]
+                         const bf16 *q,  // [num_tokens, num_heads, head_dim]
+                         const KvLayer *cache, const BatchIndex *batch, int num_heads, Stream stream);
+
+typedef Status SiluAndMul(bf16 *out,         // [num_values]
+                          const bf16 *gate,  // [num_values]
+                          const bf16 *up,    // [num_values]
+                          int64_t num_values, Stream stream);
+
+typedef Status ResidualAdd(bf16 *out,      // [num_values]; may be x or y
+                           const bf16 *x,  // [num_values]
+                           const bf16 *y,  // [num_values]
+                           int64_t num_values, Stream stream);
+
+typedef Status Argmax(int32_t *ids,         // [num_rows]
+                      const float *logits,  // [num_rows, vocab_size]
+                      int num_rows, int vocab_size, Stream stream);
+
+// The parts of the contract that have no operation of their own, exposed for proof.
+typedef Status TensorCoreStep(float *d, const float *c, const bf16 *a, const bf16 *b, int64_t n,
+                              Stream stream);
+typedef Status Exp2(float *out, const float *x, int64_t n, Stream stream);
+
+typedef struct Kernels {
+    const char *name;
+    OpenStream *open_stream;
+    CloseStream *close_stream;
+    Alloc *alloc;
+    Free *free;
+    CopyIn *copy_in;
+    CopyOut *copy_out;
+    Synchronize *synchronize;
+    PackedBytes *packed_bytes;
+    PackWeight *pack_weight;
+    UnpackWeight *unpack_weight;
+    Embedding *embedding;
+    GatherRows *gather_rows;
+    RmsNorm *rms_norm;
+    Linear *linear;
+    LinearF32 *linear_f32;
+    RotaryEmbedding *rotary_embedding;
+    WriteKvCache *write_kv_cache;
+    ReadKvCache *read_kv_cache;
+    FillBlock *fill_block;
+    Attention *attention;
+    SiluAndMul *silu_and_mul;
+    ResidualAdd *residual_add;
+    Argmax *argmax;
+    TensorCoreStep *tensor_core_step;
+    Exp2 *exp2;
+} Kernels;
+
+// The tables: the CPU's is always there; without CUDA in the build, cuda_kernels() fails and says so.
+const Kernels *twin_kernels(void);
+Status cuda_kernels(const Kernels **kernels);
+
+OpenStream twin_open_stream, cuda_open_stream;
+CloseStream twin_close_stream, cuda_close_stream;
+Alloc twin_alloc, cuda_alloc;
+Free twin_free, cuda_free;
+CopyIn twin_copy_in, cuda_copy_in;
+CopyOut twin_copy_out, cuda_copy_out;
+Synchronize twin_synchronize, cuda_synchronize;
+PackedBytes twin_packed_bytes, cuda_packed_bytes;
+PackWeight twin_pack_weight, cuda_pack_weight;
+UnpackWeight twin_unpack_weight, cuda_unpack_weight;
+Embedding twin_embedding, cuda_embedding;
+GatherRows twin_gather_rows, cuda_gather_rows;
+RmsNorm twin_rms_norm, cuda_rms_norm;
+Linear twin_linear, cuda_linear;
+LinearF32 twin_linear_f32, cuda_linear_f32;
+RotaryEmbedding twin_rotary_embedding, cuda_rotary_embedding;
+WriteKvCache twin_write_kv_cache, cuda_write_kv_cache;
+ReadKvCache twin_read_kv_cache, cuda_read_kv_cache;
+FillBlock twin_fill_block, cuda_fill_block;
+Attention twin_attention, cuda_attention;
+SiluAndMul twin_silu_and_mul, cuda_silu_and_mul;
+ResidualAdd twin_residual_add, cuda_residual_add;
+Argmax twin_argmax, cuda_argmax;
+TensorCoreStep twin_tensor_core_step, cuda_tensor_core_step;
+Exp2 twin_exp2, cuda_exp2;

@@ -1,0 +1,19 @@
+// batch.h -- the door: every precondition of a step is checked here, once, before any work.
+
+#pragma once
+#include "../model/model.h"
+
+// What a batch is checked against.
+typedef struct BatchLimits {
+    int vocab_size;
+    int block_size;
+    int num_blocks;
+    int max_seq_len;
+    int max_num_tokens;
+    int max_num_seqs;
+} BatchLimits;
+
+// `slot_owner` is the caller's scratch, [num_blocks * block_size], zeroed once; `step` a number that grows
+// by one with every call, so that the scratch need not be cleared.
+Status batch_check(const EngineBatch *batch, const BatchLimits *limits, uint32_t *slot_owner,
+                   uint32_t step);

@@ -1,0 +1,210 @@
+// engine.c -- an engine's life: allocate everything, run steps, free everything.
+
+#include <stdlib.h>
+#include <string.h>
+#include "engine_state.h"
+
+static Status allocate(Engine *e, void *pointer_to_pointer, size_t bytes, int64_t *account) {
+    void *memory;
+    TRY(e->model.kernels->alloc(&memory, bytes, e->model.stream));
+    e->allocations[e->num_allocations++] = memory;
+    memcpy(pointer_to_pointer, &memory, sizeof memory);
+    *account += (int64_t)bytes;
+    return STATUS_OK;
+}
+
+static Status allocate_host(void *pointer_to_pointer, size_t bytes) {
+    void *memory = calloc(1, bytes);
+    if (!memory) return fail(STATUS_OUT_OF_MEMORY, "%zu bytes of host memory", bytes);
+    memcpy(pointer_to_pointer, &memory, sizeof memory);
+    return STATUS_OK;
+}
+
+static Status allocate_activations(Engine *e) {
+    const EngineModelConfig *c = &e->model.config;
+    Activations *a = &e->model.activations;
+    size_t tokens = (size_t)e->options.max_num_tokens;
+    size_t hidden = tokens * c->hidden_size * sizeof(bf16);
+    size_t heads = tokens * c->num_heads * c->head_dim * sizeof(bf16);
+    size_t kv_heads = tokens * c->num_kv_heads * c->head_dim * sizeof(bf16);
+    size_t intermediate = tokens * c->intermediate_size * sizeof(bf16);
+    int64_t *account = &e->workspace_bytes;
+    int rows = e->options.max_num_seqs > 16 ? e->options.max_num_seqs : 16;
+    a->logits_rows = rows < e->options.max_num_tokens ? rows : e->options.max_num_tokens;
+    TRY(allocate(e, &a->residual, hidden, account));
+    TRY(allocate(e, &a->normed, hidden, account));
+    TRY(allocate(e, &a->q, heads, account));
+    TRY(allocate(e, &a->k, kv_heads, account));
+    TRY(allocate(e, &a->v, kv_heads, account));
+    TRY(allocate(e, &a->attn, heads, account));
+    TRY(allocate(e, &a->projected, hidden, account));
+    TRY(allocate(e, &a->gate, intermediate, account));
+    TRY(allocate(e, &a->up, intermediate, account));
+    TRY(allocate(e, &a->act, intermediate, account));
+    TRY(allocate(e, &a->logits, (size_t)a->logits_rows * c->vocab_size * sizeof(float), account));
+    return allocate(e, &a->next_ids, (size_t)a->logits_rows * sizeof(int32_t), account);
+}
+
+static Status allocate_cache(Engine *e) {
+    const EngineModelConfig *c = &e->model.config;
+    const EngineOptions *o = &e->options;
+    size_t layer_values = (size_t)o->num_blocks * c->num_kv_heads * 2 * o->block_size * c->head_dim;
+    TRY(allocate(e, &e->kv_pool, layer_values * sizeof(bf16) * c->num_layers, &e->kv_bytes));
+    TRY(allocate_host(&e->model.cache, sizeof(KvLayer) * c->num_layers));
+    for (int layer = 0; layer < c->num_layers; layer++)
+        e->model.cache[layer] = (KvLayer){e->kv_pool + layer_values * layer, o->num_blocks, o->block_size,
+                                          c->num_kv_heads, c->head_dim};
+    return allocate_host(&e->slot_owner, sizeof(uint32_t) * o->num_blocks * o->block_size);
+}
+
+static Status allocate_weights(Engine *e) {
+    Model *m = &e->model;
+    TRY(allocate_host(&m->weights.layers, sizeof(LayerWeights) * m->config.num_layers));
+    e->num_slots = weight_slots_count(&m->config);
+    TRY(allocate_host(&e->slots, sizeof(WeightSlot) * e->num_slots));
+    weight_slots_fill(e->slots, m);
+    for (int i = 0; i < e->num_slots; i++) {
+        WeightSlot *slot = &e->slots[i];
+        size_t bytes =
+            slot->matrix ? m->kernels->packed_bytes(slot->rows, slot->cols) : slot->cols * sizeof(bf16);
+        void **memory = slot->matrix ? &slot->matrix->data : (void **)slot->vector;
+        TRY(m->kernels->alloc(memory, bytes, m->stream));
+        e->weight_bytes += (int64_t)bytes;
+    }
+    if (m->config.tie_word_embeddings) m->weights.lm_head = m->weights.embed_tokens;
+    return STATUS_OK;
+}
+
+static Status build_rope_table(Engine *e) {
+    size_t bytes = (size_t)e->options.max_seq_len * e->model.config.head_dim * sizeof(bf16);
+    bf16 *host = malloc(bytes);
+    if (!host) return fail(STATUS_OUT_OF_MEMORY, "%zu bytes of host memory for the rope table", bytes);
+    Status status = allocate(e, &e->model.weights.rope_table, bytes, &e->workspace_bytes);
+    if (status == STATUS_OK) status = rope_table_fill(host, &e->model.config, e->options.max_seq_len);
+    if (status == STATUS_OK)
+        status = e->model.kernels->copy_in(e->model.weights.rope_table, host, bytes, e->model.stream);
+    if (status == STATUS_OK) status = e->model.kernels->synchronize(e->model.stream);
+    free(host);
+    return status;
+}
+
+static Status build(Engine *e) {
+    const EngineOptions *o = &e->options;
+    if (o->device == DEVICE_CUDA)
+        TRY(cuda_kernels(&e->model.kernels));
+    else
+        e->model.kernels = twin_kernels();
+    TRY(e->model.kernels->open_stream(&e->model.stream, o->num_threads));
+    TRY(allocate_weights(e));
+    TRY(allocate_activations(e));
+    TRY(allocate_cache(e));
+    TRY(build_rope_table(e));
+    size_t max_blocks = ((size_t)o->max_seq_len + o->block_size - 1) / o->block_size;
+    e->index_count =
+        4 * (size_t)o->max_num_tokens + 2 * (size_t)o->max_num_seqs + 1 + o->max_num_seqs * max_blocks;
+    TRY(allocate_host(&e->index_host, e->index_count * sizeof(int32_t)));
+    return allocate(e, &e->index_device, e->index_count * sizeof(int32_t), &e->workspace_bytes);
+}
+
+Status engine_create(const EngineModelConfig *config, const EngineOptions *options, Engine **engine) {
+    if (!config || !options || !engine)
+        return fail(STATUS_INVALID_ARGUMENT, "config, options or engine is null");
+    *engine = NULL;
+    TRY(check_config(config));
+    TRY(check_options(options));
+    Engine *e = NULL;
+    TRY(allocate_host(&e, sizeof *e));
+    e->model.config = *config;
+    e->options = *options;
+    e->limits = (BatchLimits){config->vocab_size,   options->block_size,     options->num_blocks,
+                              options->max_seq_len, options->max_num_tokens, options->max_num_seqs};
+    Status status = build(e);
+    if (status != STATUS_OK) {
+        engine_destroy(e);
+        return status;
+    }
+    *engine = e;
+    return STATUS_OK;
+}
+
+Status engine_destroy(Engine *e) {
+    if (!e) return STATUS_OK;
+    const Kernels *k = e->model.kernels;
+    if (k && e->model.stream) {
+        for (int i = 0; e->slots && i < e->num_slots; i++)
+            k->free(e->slots[i].matrix ? e->slots[i].matrix->data : *e->slots[i].vector, e->model.stream);
+        for (int i = 0; i < e->num_allocations; i++) k->free(e->allocations[i], e->model.stream);
+        k->close_stream(e->model.stream);
+    }
+    free(e->slots);
+    free(e->index_host);
+    free(e->slot_owner);
+    free(e->model.cache);
+    free(e->model.weights.layers);
+    free(e);
+    return STATUS_OK;
+}
+
+// One array of the step into the staging memory; returns where it will be on the device.
+static const int32_t *stage(Engine *e, size_t *used, const int32_t *values, size_t count) {
+    memcpy(e->index_host + *used, values, count * sizeof(int32_t));
+    const int32_t *device = e->index_device + *used;
+    *used += count;
+    return device;
+}
+
+static Status index_of_batch(Engine *e, const EngineBatch *b, BatchIndex *index) {
+    size_t used = 0, tokens = (size_t)b->num_tokens, seqs = (size_t)b->num_seqs;
+    *index = (BatchIndex){.num_tokens = b->num_tokens,
+                          .num_seqs = b->num_seqs,
+                          .max_blocks_per_seq = b->max_blocks_per_seq,
+                          .num_logits = b->num_logits};
+    for (int i = 0; i < b->num_seqs; i++) {
+        int seq_len_q = b->cu_seqlens_q[i + 1] - b->cu_seqlens_q[i];
+        if (seq_len_q > index->max_seq_len_q) index->max_seq_len_q = seq_len_q;
+        if (b->seq_lens[i] > index->max_seq_len) index->max_seq_len = b->seq_lens[i];
+    }
+    index->input_ids = stage(e, &used, b->input_ids, tokens);
+    index->positions = stage(e, &used, b->positions, tokens);
+    index->slot_mapping = stage(e, &used, b->slot_mapping, tokens);
+    index->cu_seqlens_q = stage(e, &used, b->cu_seqlens_q, seqs + 1);
+    index->seq_lens = stage(e, &used, b->seq_lens, seqs);
+    index->block_tables = stage(e, &used, b->block_tables, seqs * (size_t)b->max_blocks_per_seq);
+    if (b->num_logits) index->logits_indices = stage(e, &used, b->logits_indices, (size_t)b->num_logits);
+    return e->model.kernels->copy_in(e->index_device, e->index_host, used * sizeof(int32_t),
+                                     e->model.stream);
+}
+
+static Status check_taps(const Engine *e, const EngineTap *taps, int num_taps) {
+    if (num_taps < 0 || (num_taps > 0 && !taps))
+        return fail(STATUS_INVALID_ARGUMENT, "num_taps is %d", num_taps);
+    for (int i = 0; i < num_taps; i++) {
+        int in_layer = taps[i].point > TAP_EMBED && taps[i].point < TAP_FINAL_NORM;
+        if (taps[i].point < 0 || taps[i].point >= NUM_TAP_POINTS)
+            return fail(STATUS_INVALID_ARGUMENT, "taps[%d].point is %d, must be 0 .. %d", i, taps[i].point,
+                        NUM_TAP_POINTS - 1);
+        if (taps[i].layer < 0 || taps[i].layer >= (in_layer ? e->model.config.num_layers : 1))
+            return fail(STATUS_INVALID_ARGUMENT, "taps[%d].layer is %d, must be 0 .. %d", i, taps[i].layer,
+                        in_layer ? e->model.config.num_layers - 1 : 0);
+        if (taps[i].point == TAP_LOGITS && taps[i].force)
+            return fail(STATUS_INVALID_ARGUMENT, "taps[%d].force: logits cannot be forced", i);
+    }
+    return STATUS_OK;
+}
+
+Status engine_forward(Engine *e, const EngineBatch *batch, const EngineTap *taps, int32_t num_taps) {
+    if (!e || !batch) return fail(STATUS_INVALID_ARGUMENT, "engine or batch is null");
+    if (e->is_dead)
+        return fail(STATUS_DEVICE_ERROR, "the device failed in an earlier call: this engine is dead");
+    if (!e->is_ready)
+        return fail(STATUS_INVALID_ARGUMENT, "engine_finish_loading was not called, or failed");
+    TRY(check_taps(e, taps, num_taps));
+    TRY(batch_check(batch, &e->limits, e->slot_owner, ++e->step));
+    BatchIndex index;
+    TapSet set = {taps, num_taps};
+    Status status = index_of_batch(e, batch, &index);
+    if (status == STATUS_OK)
+        status = model_forward(&e->model, &index, &set, batch->logits, batch->next_ids);
+    if (status == STATUS_DEVICE_ERROR) e->is_dead = 1;
+    return status;
+}

@@ -1,0 +1,28 @@
+// engine_state.h -- what an engine holds: everything engine.h promises, allocated once, freed once.
+
+#pragma once
+#include "batch.h"
+#include "weights.h"
+
+struct Engine {
+    Model model;
+    EngineOptions options;
+    BatchLimits limits;
+    WeightSlot *slots;
+    int num_slots;
+    int is_ready;         // every weight is loaded
+    int is_dead;          // the device failed
+    int32_t *index_host;  // staging for one step's index arrays, and their copy on the device
+    int32_t *index_device;
+    size_t index_count;    // int32 values in each
+    uint32_t *slot_owner;  // batch_check's scratch
+    uint32_t step;
+    bf16 *kv_pool;          // [num_layers, num_blocks, num_kv_heads, 2, block_size, head_dim]
+    void *allocations[64];  // of the backend, beside the weights
+    int num_allocations;
+    int64_t weight_bytes, kv_bytes, workspace_bytes;
+};
+
+// config and options within what the kernels serve, refused by field, limit and value (limits.c).
+Status check_config(const EngineModelConfig *config);
+Status check_options(const EngineOptions *options);

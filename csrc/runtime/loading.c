@@ -1,0 +1,55 @@
+// loading.c -- the checkpoint's tensors in and, bit for bit, out again.
+
+#include <string.h>
+#include "engine_state.h"
+
+static Status find_slot(Engine *e, const char *name, int64_t rows, int64_t cols, WeightSlot **found) {
+    if (!e || !name) return fail(STATUS_INVALID_ARGUMENT, "engine or name is null");
+    for (int i = 0; i < e->num_slots; i++) {
+        WeightSlot *slot = &e->slots[i];
+        if (strcmp(slot->name, name)) continue;
+        if (rows != slot->rows || cols != slot->cols)
+            return fail(STATUS_INVALID_ARGUMENT, "%s is [%lld, %lld], must be [%d, %d]", name,
+                        (long long)rows, (long long)cols, slot->rows, slot->cols);
+        *found = slot;
+        return STATUS_OK;
+    }
+    return fail(STATUS_INVALID_ARGUMENT, "%.200s is not a tensor of this model", name);
+}
+
+Status engine_load_weight(Engine *e, const char *name, const void *data, int64_t rows, int64_t cols,
+                          int64_t *num_not_finite) {
+    WeightSlot *slot = NULL;
+    TRY(find_slot(e, name, rows, cols, &slot));
+    if (!data || !num_not_finite) return fail(STATUS_INVALID_ARGUMENT, "data or num_not_finite is null");
+    if (slot->is_loaded) return fail(STATUS_INVALID_ARGUMENT, "%s was loaded before", name);
+    const Kernels *k = e->model.kernels;
+    const bf16 *values = data;
+    *num_not_finite = 0;
+    for (int64_t i = 0; i < rows * cols; i++) *num_not_finite += (values[i] & 0x7f80) == 0x7f80;
+    if (slot->matrix)
+        TRY(k->pack_weight(slot->matrix, data, e->model.stream));
+    else
+        TRY(k->copy_in(*slot->vector, data, cols * sizeof(bf16), e->model.stream));
+    TRY(k->synchronize(e->model.stream));  // the caller may free `data` now
+    slot->is_loaded = 1;
+    return STATUS_OK;
+}
+
+Status engine_read_weight(Engine *e, const char *name, void *data, int64_t rows, int64_t cols) {
+    WeightSlot *slot = NULL;
+    TRY(find_slot(e, name, rows, cols, &slot));
+    if (!data) return fail(STATUS_INVALID_ARGUMENT, "data is null");
+    if (!slot->is_loaded) return fail(STATUS_INVALID_ARGUMENT, "%s is not loaded", name);
+    if (slot->matrix) return e->model.kernels->unpack_weight(data, slot->matrix, e->model.stream);
+    return e->model.kernels->copy_out(data, *slot->vector, cols * sizeof(bf16), e->model.stream);
+}
+
+Status engine_finish_loading(Engine *e) {
+    if (!e) return fail(STATUS_INVALID_ARGUMENT, "engine is null");
+    for (int i = 0; i < e->num_slots; i++)
+        if (!e->slots[i].is_loaded)
+            return fail(STATUS_INVALID_ARGUMENT, "%s was not loaded", e->slots[i].name);
+    e->is_ready = 1;
+    return STATUS_OK;
+}

@@ -1,0 +1,37 @@
+// status.c -- the thread's last message, and what this library was built from.
+
+#include "../common/status.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include "../common/numerics.h"
+
+static _Thread_local char last_message[512];
+
+Status fail(Status status, const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(last_message, sizeof last_message, format, arguments);
+    va_end(arguments);
+    return status;
+}
+
+Status engine_last_error(const char **message) {
+    *message = last_message;
+    return STATUS_OK;
+}
+
+Status engine_build_info(EngineBuildInfo *info) {
+    if (!info) return fail(STATUS_INVALID_ARGUMENT, "info is null");
+    memset(info, 0, sizeof *info);
+    info->abi_version = 1;
+    info->has_cuda = BUILT_WITH_CUDA;
+    info->model_config_size = sizeof(EngineModelConfig);
+    info->engine_options_size = sizeof(EngineOptions);
+    info->engine_batch_size = sizeof(EngineBatch);
+    info->engine_tap_size = sizeof(EngineTap);
+    snprintf(info->source_stamp, sizeof info->source_stamp, "%s", SOURCE_STAMP);
+    snprintf(info->numerics_version, sizeof info->numerics_version, "%s", numerics_version());
+    return STATUS_OK;
+}

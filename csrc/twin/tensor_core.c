@@ -1,0 +1,249 @@
+// tensor_core.c -- what one tensor-core instruction of a Hopper GPU computes, reproduced to the bit.
+//
+//   d = cut32(sum of 17 terms, each cut to a multiple of 2^(e - 25)),  e = the largest exponent among the
+//   terms
+//
+// Rounding  every cut is toward zero; the sum of the cut terms is exact
+// Source    docs/numerics.md section 1; measured on an H200 (golden/hardware/)
+// See       tests/twin/test_tensor_core.py
+
+#include "tensor_core.h"
+
+enum {
+    FRACTION_BITS = 25,  // below the largest exponent, kept of every term
+    BF16_BIAS = 127,
+    NOT_FINITE = 1000,  // stands for the exponent of NaN and infinity: sends the step to the specification
+    // The fast route works in float32 and int32. With e the unbiased largest exponent, e + 2 * BF16_BIAS
+    // must lie in this range: then no product overflows or loses a kept bit to underflow, and 2^(25 - e) is
+    // normal.
+    FAST_MIN = 153,
+    FAST_MAX = 379,
+};
+
+static int biased_exponent(bf16 x) {
+    int exponent = (x >> 7) & 0xff;
+    return exponent == 0xff ? NOT_FINITE : exponent == 0 ? 1 : exponent;
+}
+
+static int bf16_significand(bf16 x) {
+    int exponent = (x >> 7) & 0xff;
+    int magnitude = (x & 0x7f) | (exponent ? 0x80 : 0);
+    return x & 0x8000 ? -magnitude : magnitude;
+}
+
+// value * 2^shift, cut toward zero.
+static int64_t shift_and_cut(int64_t value, int shift) {
+    if (shift >= 0) return value * ((int64_t)1 << shift);
+    if (shift < -62) return 0;
+    return value / ((int64_t)1 << -shift);
+}
+
+static uint32_t float_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static float float_from_bits(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// sum * 2^exponent as float32, cut toward zero, denormals included.
+static float cut_to_float(int64_t sum, int exponent) {
+    if (sum == 0) return 0.0f;
+    uint32_t sign = sum < 0 ? 0x80000000u : 0;
+    uint64_t magnitude = sum < 0 ? -(uint64_t)sum : (uint64_t)sum;
+    while (magnitude >= (1u << 24)) magnitude >>= 1, exponent++;
+    while (magnitude < (1u << 23)) magnitude <<= 1, exponent--;
+    int biased = exponent + 23 + BF16_BIAS;
+    if (biased >= 255) return float_from_bits(sign | 0x7f800000u);
+    if (biased <= 0)
+        return float_from_bits(sign | (biased < -22 ? 0 : (uint32_t)(magnitude >> (1 - biased))));
+    return float_from_bits(sign | (uint32_t)biased << 23 | ((uint32_t)magnitude & 0x7fffffu));
+}
+
+// NaN where the hardware gives NaN, else an infinity of the terms' common sign.
+static float step_not_finite(float c, const bf16 *a, const bf16 *b) {
+    float sum = c;
+    for (int k = 0; k < NUMERICS_STEP; k++) {
+        float product = bf16_to_float(a[k]) * bf16_to_float(b[k]);
+        int is_finite_pair = biased_exponent(a[k]) != NOT_FINITE && biased_exponent(b[k]) != NOT_FINITE;
+        if (!is_finite_pair) sum += product;  // finite terms cannot turn an infinity
+    }
+    return sum != sum ? float_from_bits(0x7fffffffu) : sum;
+}
+
+float tensor_core_step(float c, const bf16 *a, const bf16 *b) {
+    int c_biased = (int)(float_bits(c) >> 23) & 0xff;
+    int c_exponent = (c_biased ? c_biased : 1) - BF16_BIAS;
+    int largest = c_exponent;
+    if (c_biased == 0xff) return step_not_finite(c, a, b);
+    for (int k = 0; k < NUMERICS_STEP; k++) {
+        int exponent = biased_exponent(a[k]) + biased_exponent(b[k]);
+        if (exponent >= NOT_FINITE) return step_not_finite(c, a, b);
+        if (exponent - 2 * BF16_BIAS > largest) largest = exponent - 2 * BF16_BIAS;
+    }
+    int32_t c_significand = (int32_t)(float_bits(c) & 0x7fffffu) | (c_biased ? 0x800000 : 0);
+    if (float_bits(c) >> 31) c_significand = -c_significand;
+    // c = significand * 2^(exponent - 23) and a product = significands * 2^(exponent - 14), in units of
+    // 2^(largest - 25).
+    int64_t sum = shift_and_cut(c_significand, c_exponent - largest + FRACTION_BITS - 23);
+    for (int k = 0; k < NUMERICS_STEP; k++) {
+        int exponent = biased_exponent(a[k]) + biased_exponent(b[k]) - 2 * BF16_BIAS;
+        int product = bf16_significand(a[k]) * bf16_significand(b[k]);
+        sum += shift_and_cut(product, exponent - largest + FRACTION_BITS - 14);
+    }
+    return cut_to_float(sum, largest - FRACTION_BITS);
+}
+
+void tensor_core_decode(float *value, int32_t *exponent, const bf16 *x, int n) {
+    for (int i = 0; i < n; i++) {
+        value[i] = bf16_to_float(x[i]);
+        exponent[i] = biased_exponent(x[i]);
+    }
+}
+
+void tensor_core_decode_panel(Panel *panel, const bf16 *packed, int k_stride, int lane_stride) {
+    for (int k = 0; k < NUMERICS_STEP; k++) {
+        for (int lane = 0; lane < PANEL_LANES; lane++) {
+            bf16 x = packed[(size_t)k * k_stride + (size_t)lane * lane_stride];
+            panel->value[k][lane] = bf16_to_float(x);
+            panel->exponent[k][lane] = biased_exponent(x);
+        }
+    }
+}
+
+// One lane through the specification; the panel holds bf16 values, so taking their upper halves is exact.
+static float step_lane(float c, const float *a_value, const Panel *panel, int lane) {
+    bf16 a[NUMERICS_STEP], b[NUMERICS_STEP];
+    int any = float_bits(c) != 0;
+    for (int k = 0; k < NUMERICS_STEP; k++) {
+        a[k] = (bf16)(float_bits(a_value[k]) >> 16);
+        b[k] = (bf16)(float_bits(panel->value[k][lane]) >> 16);
+        any |= (a[k] & 0x7fff) && (b[k] & 0x7fff);
+    }
+    // Zeros alone: common (a probability row that underflowed), and not worth the long way, unless 0 * inf.
+    if (!any) {
+        int finite = 1;
+        for (int k = 0; k < NUMERICS_STEP; k++)
+            finite &= biased_exponent(a[k]) != NOT_FINITE && biased_exponent(b[k]) != NOT_FINITE;
+        if (finite) return 0.0f;
+    }
+    return tensor_core_step(c, a, b);
+}
+
+// Eight lanes in vector registers. GCC and Clang lower these types to what the target has: one AVX2
+// register, or two of SSE2 or NEON. (Sixteen lanes with AVX-512 measured no faster: 5.9 against 6.3 GMAC/s
+// per core on a Zen 4, so one width serves all.)
+enum { LANES = 8 };
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));  // for sums that may wrap
+
+// Without it the vectors would pass between the functions through memory.
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+ALWAYS_INLINE void max_into(Ints *largest, const Ints *x) {
+    Ints greater = *x > *largest;
+    *largest = (*x & greater) | (*largest & ~greater);
+}
+
+// One row of eight outputs; lanes that the fast route cannot serve come back negative in the result.
+ALWAYS_INLINE Ints step_row(float *c_row, const float *a, const int32_t *ea, const Panel *panel,
+                            int first_lane) {
+    const Ints one = (Ints){0} + 1;
+    Floats c;
+    Ints largest;
+    memcpy(&c, c_row, sizeof c);
+    memcpy(&largest, c_row, sizeof largest);
+    largest = (largest >> 23) & 0xff;
+    max_into(&largest, &one);  // denormals and zero count as 1
+    largest += BF16_BIAS;
+    for (int k = 0; k < NUMERICS_STEP; k++) {
+        Ints exponent;
+        memcpy(&exponent, panel->exponent[k] + first_lane, sizeof exponent);
+        exponent += ea[k];
+        max_into(&largest, &exponent);
+    }
+    Ints unserved = (largest - FAST_MIN) | (FAST_MAX - largest);
+    // 2^(25 - e) as a bit pattern; e = largest - 2 * bias.
+    Ints scale_bits = (3 * BF16_BIAS + FRACTION_BITS - largest) << 23;
+    Floats scale;
+    memcpy(&scale, &scale_bits, sizeof scale);
+    Ints sum = {0};
+    for (int k = 0; k < NUMERICS_STEP; k++) {
+        Floats b;
+        memcpy(&b, panel->value[k] + first_lane, sizeof b);
+        sum += __builtin_convertvector(a[k] * b * scale, Ints);  // exact product and scaling, then the cut
+    }
+    // Sixteen products stay below 2^31; with c the sum can pass it by a hair, and then takes the long way.
+    Ints cut_c = __builtin_convertvector(c * scale, Ints);
+    Ints total = (Ints)((Words)sum + (Words)cut_c);
+    unserved |= (sum ^ total) & (cut_c ^ total);
+    // Cut to 24 significant bits: clear as many low bits as the magnitude has above its 24th.
+    Ints sign = total >> 31;
+    Ints magnitude = (total ^ sign) - sign;
+    Ints excess = magnitude >> 24;
+    excess |= excess >> 1;
+    excess |= excess >> 2;
+    excess |= excess >> 4;
+    magnitude &= ~excess;
+    Ints result_scale_bits = (largest - (BF16_BIAS + FRACTION_BITS)) << 23;  // 2^(e - 25)
+    Floats result_scale;
+    memcpy(&result_scale, &result_scale_bits, sizeof result_scale);
+    Floats d = __builtin_convertvector((magnitude ^ sign) - sign, Floats) * result_scale;
+    memcpy(c_row, &d, sizeof d);
+    return unserved;
+}
+
+// Rows are taken in blocks, so that one look tells whether any lane of the block must go the long way.
+enum { BLOCK_ROWS = 8 };
+
+ALWAYS_INLINE void step_rows(float *c, int c_stride, const float *a_value, const int32_t *a_exponent,
+                             int a_stride, int num_rows, const Panel *panel) {
+    for (int first = 0; first < num_rows; first += BLOCK_ROWS) {
+        int block_rows = num_rows - first < BLOCK_ROWS ? num_rows - first : BLOCK_ROWS;
+        float old[BLOCK_ROWS][PANEL_LANES];
+        int32_t unserved[BLOCK_ROWS][PANEL_LANES];
+        int32_t any = 0;
+        for (int i = 0; i < block_rows; i++) {
+            float *c_row = c + (size_t)(first + i) * c_stride;
+            const float *a = a_value + (size_t)(first + i) * a_stride;
+            const int32_t *ea = a_exponent + (size_t)(first + i) * a_stride;
+            memcpy(old[i], c_row, sizeof old[i]);
+            for (int lane = 0; lane < PANEL_LANES; lane += LANES) {
+                Ints mask = step_row(c_row + lane, a, ea, panel, lane);
+                memcpy(unserved[i] + lane, &mask, sizeof mask);
+            }
+        }
+        for (int i = 0; i < block_rows; i++)
+            for (int lane = 0; lane < PANEL_LANES; lane++) any |= unserved[i][lane];
+        if (__builtin_expect(any >= 0, 1)) continue;
+        for (int i = 0; i < block_rows; i++)
+            for (int lane = 0; lane < PANEL_LANES; lane++)
+                if (unserved[i][lane] < 0)
+                    c[(size_t)(first + i) * c_stride + lane] =
+                        step_lane(old[i][lane], a_value + (size_t)(first + i) * a_stride, panel, lane);
+    }
+}
+
+#if defined(__x86_64__)
+__attribute__((target("avx2"))) static void step_rows_avx2(float *c, int c_stride, const float *a_value,
+                                                           const int32_t *a_exponent, int a_stride,
+                                                           int num_rows, const Panel *panel) {
+    step_rows(c, c_stride, a_value, a_exponent, a_stride, num_rows, panel);
+}
+#endif
+
+void tensor_core_step_rows(float *c, int c_stride, const float *a_value, const int32_t *a_exponent,
+                           int a_stride, int num_rows, const Panel *panel) {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx2")) {
+        step_rows_avx2(c, c_stride, a_value, a_exponent, a_stride, num_rows, panel);
+        return;
+    }
+#endif
+    step_rows(c, c_stride, a_value, a_exponent, a_stride, num_rows, panel);
+}

@@ -1,0 +1,373 @@
+"""The one door to C: loads libengine.so, calls it, turns a failed status into an exception.
+
+Knows pointers and layouts, decides nothing. bfloat16 crosses as numpy uint16 bits. Invariant: a
+library whose ABI version, struct sizes or source stamp are not those of this checkout is refused.
+"""
+
+import enum
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+from cffi import FFI
+
+from engine.batch import Batch
+from engine.config import EngineConfig, ModelConfig
+from engine.errors import (
+    DeviceFailed,
+    DeviceUnavailable,
+    EngineError,
+    InvalidArgument,
+    OutOfMemory,
+)
+from engine.source_stamp import source_stamp
+
+ABI_VERSION = 1
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+LIBRARY_PATH = Path(__file__).resolve().parent / "libengine.so"
+DEVICES: Mapping[str, int] = MappingProxyType({"cpu": 0, "cuda": 1})
+
+_ERRORS: Mapping[int, type[EngineError]] = MappingProxyType(
+    {1: InvalidArgument, 2: OutOfMemory, 3: DeviceUnavailable, 4: DeviceFailed}
+)
+_STRUCTS: Mapping[str, str] = MappingProxyType(
+    {
+        "model_config_size": "EngineModelConfig",
+        "engine_options_size": "EngineOptions",
+        "engine_batch_size": "EngineBatch",
+        "engine_tap_size": "EngineTap",
+    }
+)
+
+
+class TapPoint(enum.IntEnum):
+    """The named points of the forward pass, in engine.h's order."""
+
+    embed = 0
+    attn_norm = 1
+    q = 2
+    k = 3
+    v = 4
+    q_rope = 5
+    k_rope = 6
+    attn = 7
+    o = 8
+    attn_residual = 9
+    mlp_norm = 10
+    gate = 11
+    up = 12
+    act = 13
+    down = 14
+    mlp_residual = 15
+    final_norm = 16
+    logits = 17
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One look at, or replacement of, a value of the forward pass.
+
+    Args:
+        point: where.
+        layer: 0 .. num_layers - 1; 0 for embed, final_norm and logits.
+        out: written with what the operation computed, [rows, width] uint16 (logits: float32).
+        force: takes the value's place for everything that follows, same shape.
+    """
+
+    point: TapPoint
+    layer: int
+    out: np.ndarray | None = None
+    force: np.ndarray | None = None
+
+
+def _declarations() -> str:
+    """The two public headers as cffi reads them: without the lines meant for a preprocessor."""
+    lines: list[str] = []
+    for name in ("engine.h", "ops.h"):
+        text = (CSRC / "include" / name).read_text(encoding="utf-8")
+        lines += [line for line in text.splitlines() if not line.startswith("#")]
+    return "\n".join(lines)
+
+
+class Library:
+    """A loaded libengine.so that was checked to belong to this checkout.
+
+    Args:
+        path: the shared object; by default the one that make builds.
+        expected_stamp: the source stamp it must carry; by default that of this checkout's csrc/.
+
+    Raises:
+        EngineError: the file is missing, cannot be loaded, or was built from other sources.
+    """
+
+    def __init__(self, path: Path | None = None, expected_stamp: str | None = None) -> None:
+        self.path = Path(path or LIBRARY_PATH)
+        self.ffi = FFI()
+        self.ffi.cdef(_declarations())
+        if not self.path.exists():
+            raise EngineError(f"{self.path.name} is not built: run make")
+        try:
+            self.lib = self.ffi.dlopen(str(self.path), os.RTLD_NOW | os.RTLD_LOCAL)
+        except OSError as error:
+            raise EngineError(f"{self.path.name} cannot be loaded: {error}") from error
+        info = self.ffi.new("EngineBuildInfo *")
+        self.check(self.lib.engine_build_info(info))
+        self.has_cuda = bool(info.has_cuda)
+        self.source_stamp = self.ffi.string(info.source_stamp).decode()
+        self.numerics_version = self.ffi.string(info.numerics_version).decode()
+        self._check_belongs(info, expected_stamp or source_stamp(CSRC))
+
+    def _check_belongs(self, info: object, expected_stamp: str) -> None:
+        if info.abi_version != ABI_VERSION:
+            raise EngineError(
+                f"{self.path.name} has ABI version {info.abi_version}, "
+                f"this package needs {ABI_VERSION}: run make"
+            )
+        for field, struct in _STRUCTS.items():
+            built, expected = getattr(info, field), self.ffi.sizeof(struct)
+            if built != expected:
+                raise EngineError(
+                    f"{struct} has {built} bytes in {self.path.name}, {expected} here: run make"
+                )
+        if self.source_stamp != expected_stamp:
+            raise EngineError(
+                f"{self.path.name} was built from other sources "
+                f"(stamp {self.source_stamp[:12]}, csrc/ has {expected_stamp[:12]}): run make"
+            )
+
+    def check(self, status: int) -> None:
+        """Raise the exception of a failed status, in the library's own words."""
+        if status == 0:
+            return
+        message = self.ffi.new("char **")
+        self.lib.engine_last_error(message)
+        text = self.ffi.string(message[0]).decode("utf-8", "replace")
+        raise _ERRORS.get(status, EngineError)(text)
+
+    def array(self, values: np.ndarray, c_type: str, dtype: type, name: str) -> object:
+        """A C pointer into a numpy array, which the caller keeps alive.
+
+        Raises:
+            InvalidArgument: the array has another dtype or is not contiguous.
+        """
+        if values.dtype != dtype or not values.flags.c_contiguous:
+            raise InvalidArgument(
+                f"{name} must be a contiguous {np.dtype(dtype).name} array, "
+                f"got {values.dtype}{'' if values.flags.c_contiguous else ', not contiguous'}"
+            )
+        return self.ffi.cast(f"{c_type} *", self.ffi.from_buffer(values))
+
+    def model_config(self, config: ModelConfig) -> object:
+        """The C struct of a model's dimensions."""
+        scaling = config.rope_scaling
+        return self.ffi.new(
+            "EngineModelConfig *",
+            {
+                "vocab_size": config.vocab_size,
+                "hidden_size": config.hidden_size,
+                "intermediate_size": config.intermediate_size,
+                "num_layers": config.num_layers,
+                "num_heads": config.num_heads,
+                "num_kv_heads": config.num_kv_heads,
+                "head_dim": config.head_dim,
+                "tie_word_embeddings": int(config.tie_word_embeddings),
+                "rms_norm_eps": config.rms_norm_eps,
+                "rope_type": int(scaling is not None),
+                "rope_theta": config.rope_theta,
+                "rope_factor": scaling.factor if scaling else 1.0,
+                "rope_low_freq_factor": scaling.low_freq_factor if scaling else 1.0,
+                "rope_high_freq_factor": scaling.high_freq_factor if scaling else 1.0,
+                "rope_original_max_position_embeddings": (
+                    scaling.original_max_position_embeddings if scaling else 0
+                ),
+            },
+        )
+
+    def batch(self, batch: Batch) -> object:
+        """The C struct of a step's index arrays; `batch` must outlive it."""
+        struct = self.ffi.new("EngineBatch *")
+        struct.num_tokens = len(batch.input_ids)
+        struct.num_seqs = len(batch.seq_lens)
+        struct.max_blocks_per_seq = batch.block_tables.shape[1]
+        struct.num_logits = len(batch.logits_indices)
+        for name in (
+            "input_ids",
+            "positions",
+            "slot_mapping",
+            "cu_seqlens_q",
+            "seq_lens",
+            "block_tables",
+            "logits_indices",
+        ):
+            setattr(struct, name, self.array(getattr(batch, name), "int32_t", np.int32, name))
+        return struct
+
+
+class Engine:
+    """A C engine: one model on one device, with its KV cache. A context manager.
+
+    Args:
+        library: the loaded library.
+        model_config: the model's dimensions.
+        engine_config: device and room.
+
+    Raises:
+        InvalidArgument, OutOfMemory, DeviceUnavailable: in the library's words.
+    """
+
+    def __init__(
+        self, library: Library, model_config: ModelConfig, engine_config: EngineConfig
+    ) -> None:
+        self.library = library
+        self.config = model_config
+        self.engine_config = engine_config
+        ffi = library.ffi
+        options = ffi.new(
+            "EngineOptions *",
+            {
+                "device": DEVICES[engine_config.device],
+                "num_threads": engine_config.num_threads,
+                "block_size": engine_config.block_size,
+                "num_blocks": engine_config.num_blocks,
+                "max_seq_len": engine_config.max_seq_len,
+                "max_num_tokens": engine_config.max_num_tokens,
+                "max_num_seqs": engine_config.max_num_seqs,
+            },
+        )
+        handle = ffi.new("Engine **")
+        library.check(
+            library.lib.engine_create(library.model_config(model_config), options, handle)
+        )
+        self._handle = handle[0]
+
+    def _call(self, function: str, *arguments: object) -> None:
+        if self._handle is None:
+            raise InvalidArgument("this engine is closed")
+        self.library.check(getattr(self.library.lib, function)(self._handle, *arguments))
+
+    def load_weight(self, name: str, array: np.ndarray) -> int:
+        """Copy one tensor in.
+
+        Args:
+            name: the checkpoint's name.
+            array: uint16 bf16 bits, [rows, cols] or [cols].
+
+        Returns:
+            How many of its values are NaN or infinite.
+        """
+        rows, cols = array.shape if array.ndim == 2 else (1, array.size)
+        count = self.library.ffi.new("int64_t *")
+        data = self.library.array(array, "uint16_t", np.uint16, name)
+        self._call("engine_load_weight", name.encode(), data, rows, cols, count)
+        return count[0]
+
+    def read_weight(self, name: str) -> np.ndarray:
+        """A loaded tensor, bit for bit as it was loaded: uint16, shape as in the checkpoint."""
+        shape = self.config.weight_shapes().get(name, (1,))
+        array = np.empty(shape, np.uint16)
+        rows, cols = shape if len(shape) == 2 else (1, *shape)
+        data = self.library.array(array, "uint16_t", np.uint16, name)
+        self._call("engine_read_weight", name.encode(), data, rows, cols)
+        return array
+
+    def finish_loading(self) -> None:
+        """Declare the model complete; a missing tensor is named."""
+        self._call("engine_finish_loading")
+
+    def tap_shape(self, point: TapPoint) -> tuple[int, np.dtype]:
+        """Values per row of a tap, and their dtype (uint16 bf16 bits, or float32 for logits)."""
+        width, size = self.library.ffi.new("int32_t *"), self.library.ffi.new("int32_t *")
+        self._call("engine_tap_shape", int(point), width, size)
+        return width[0], np.dtype(np.float32 if size[0] == 4 else np.uint16)
+
+    def forward(
+        self,
+        batch: Batch,
+        taps: Sequence[Tap] = (),
+        logits: np.ndarray | None = None,
+        next_ids: np.ndarray | None = None,
+    ) -> None:
+        """Run one step.
+
+        Args:
+            batch: the step's sequences.
+            taps: values to copy out or to replace.
+            logits: written, float32 [num_logits, vocab_size], or None.
+            next_ids: written with each row's arg-max, int32 [num_logits], or None.
+
+        Raises:
+            InvalidArgument: a field of the batch or a tap, by name; nothing was computed.
+            DeviceFailed: the device failed; this engine is dead.
+        """
+        struct = self.library.batch(batch)
+        num_logits = len(batch.logits_indices)
+        if logits is not None:
+            self._check_shape(logits, (num_logits, self.config.vocab_size), "logits")
+            struct.logits = self.library.array(logits, "float", np.float32, "logits")
+        if next_ids is not None:
+            self._check_shape(next_ids, (num_logits,), "next_ids")
+            struct.next_ids = self.library.array(next_ids, "int32_t", np.int32, "next_ids")
+        structs = self.library.ffi.new("EngineTap[]", max(len(taps), 1))
+        for struct_tap, tap in zip(structs, taps, strict=False):
+            self._fill_tap(struct_tap, tap, len(batch.input_ids), num_logits)
+        self._call("engine_forward", struct, structs, len(taps))
+
+    def _fill_tap(self, struct: object, tap: Tap, num_tokens: int, num_logits: int) -> None:
+        width, dtype = self.tap_shape(tap.point)
+        rows = num_logits if tap.point in (TapPoint.final_norm, TapPoint.logits) else num_tokens
+        struct.point, struct.layer = int(tap.point), tap.layer
+        for field in ("out", "force"):
+            array = getattr(tap, field)
+            if array is None:
+                continue
+            name = f"tap {tap.point.name} of layer {tap.layer}, {field}"
+            self._check_shape(array, (rows, width), name)
+            setattr(struct, field, self.library.array(array, "uint8_t", dtype.type, name))
+
+    @staticmethod
+    def _check_shape(array: np.ndarray, shape: tuple[int, ...], name: str) -> None:
+        if array.shape != shape:
+            raise InvalidArgument(f"{name} has shape {array.shape}, must be {shape}")
+
+    def read_kv(self, layer: int, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """K and V of some cache slots, each uint16 [num_slots, num_kv_heads, head_dim]."""
+        shape = (len(slots), self.config.num_kv_heads, self.config.head_dim)
+        k, v = np.empty(shape, np.uint16), np.empty(shape, np.uint16)
+        array = self.library.array
+        self._call(
+            "engine_read_kv",
+            layer,
+            array(slots, "int32_t", np.int32, "slots"),
+            len(slots),
+            array(k, "uint16_t", np.uint16, "k"),
+            array(v, "uint16_t", np.uint16, "v"),
+        )
+        return k, v
+
+    def fill_blocks(self, block_ids: Sequence[int], value: int) -> None:
+        """Set every value of some KV blocks, in all layers, to one bf16 bit pattern."""
+        ids = np.asarray(block_ids, np.int32)
+        pointer = self.library.array(ids, "int32_t", np.int32, "block_ids")
+        self._call("engine_fill_blocks", pointer, len(ids), value)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held: weights, kv_cache, workspace."""
+        names = ("weights", "kv_cache", "workspace")
+        counts = [self.library.ffi.new("int64_t *") for _ in names]
+        self._call("engine_memory", *counts)
+        return {name: count[0] for name, count in zip(names, counts, strict=True)}
+
+    def close(self) -> None:
+        """Give everything back; closing twice is allowed."""
+        if self._handle is not None:
+            handle, self._handle = self._handle, None
+            self.library.check(self.library.lib.engine_destroy(handle))
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -315,6 +315,26 @@ class Engine:
             self._fill_tap(struct_tap, tap, len(batch.input_ids), num_logits)
         self._call("engine_forward", struct, structs, len(taps))
 
+    def decode(self, batch: Batch, num_steps: int, logits: np.ndarray | None = None) -> np.ndarray:
+        """Run several greedy steps in a row, each taking the arg-max of the one before.
+
+        Args:
+            batch: the first step; one new token per sequence, every row's logits wanted.
+            num_steps: at least 1; the block tables must reach num_steps - 1 tokens further.
+            logits: written with the last step's, float32 [num_seqs, vocab_size], or None.
+
+        Returns:
+            Token ids, int32 [num_steps, num_seqs].
+        """
+        struct = self.library.batch(batch)
+        next_ids = np.empty((num_steps, len(batch.seq_lens)), np.int32)
+        if logits is not None:
+            self._check_shape(logits, (len(batch.seq_lens), self.config.vocab_size), "logits")
+            struct.logits = self.library.array(logits, "float", np.float32, "logits")
+        ids = self.library.array(next_ids, "int32_t", np.int32, "next_ids")
+        self._call("engine_decode", struct, num_steps, ids)
+        return next_ids
+
     def _fill_tap(self, struct: object, tap: Tap, num_tokens: int, num_logits: int) -> None:
         width, dtype = self.tap_shape(tap.point)
         rows = num_logits if tap.point in (TapPoint.final_norm, TapPoint.logits) else num_tokens

@@ -134,6 +134,12 @@ Status engine_finish_loading(Engine *engine);
 
 Status engine_forward(Engine *engine, const EngineBatch *batch, const EngineTap *taps, int32_t num_taps);
 
+// `num_steps` greedy steps in a row without a look at the host: step i + 1 takes the arg-max of step i.
+// `batch` is the first step; every sequence has one new token, logits_indices names every row, and the
+// block tables reach num_steps - 1 tokens further. logits, where not null, are the last step's. next_ids
+// [num_steps, num_seqs].
+Status engine_decode(Engine *engine, const EngineBatch *batch, int32_t num_steps, int32_t *next_ids);
+
 // Values per row of a tap and bytes per value (2: bf16, 4: float32). Rows: num_tokens, but num_logits for
 // final_norm and logits.
 Status engine_tap_shape(Engine *engine, int32_t point, int32_t *width, int32_t *value_size);

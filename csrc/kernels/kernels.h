@@ -133,6 +133,48 @@ typedef Status Argmax(int32_t *ids,         // [num_rows]
                       const float *logits,  // [num_rows, vocab_size]
                       int num_rows, int vocab_size, Stream stream);
 
+// A decoder layer as a fused step takes it, its cache included.
+typedef struct DecodeLayer {
+    const bf16 *input_layernorm;           // [hidden_size]
+    const bf16 *post_attention_layernorm;  // [hidden_size]
+    Matrix q_proj, k_proj, v_proj, o_proj;
+    Matrix gate_proj, up_proj, down_proj;
+    KvLayer cache;
+} DecodeLayer;
+
+// One whole step of a batch in which every sequence has one new token, in few launches or one. What it
+// writes is to the bit what the operations above write one after another.
+typedef struct DecodeProblem {
+    int num_layers;
+    int hidden_size;
+    int num_heads;
+    int num_kv_heads;
+    float eps;
+    const DecodeLayer *layers;  // [num_layers], in the backend's memory
+    Matrix embed_tokens;
+    Matrix lm_head;
+    const bf16 *norm;        // [hidden_size]
+    const bf16 *rope_table;  // [max_positions, head_dim]
+    bf16 *residual;          // [max_num_tokens, hidden_size]: activations, as in model.h
+    bf16 *q;                 // [max_num_tokens, num_heads, head_dim]
+    bf16 *k;                 // [max_num_tokens, num_kv_heads, head_dim]
+    bf16 *v;                 // [max_num_tokens, num_kv_heads, head_dim]
+    bf16 *attn;              // [max_num_tokens, num_heads, head_dim]
+    bf16 *act;               // [max_num_tokens, intermediate_size]
+    float *logits;           // [num_seqs, vocab_size]
+    int32_t *next_ids;       // [num_seqs]
+    void *workspace;         // decode_workspace_bytes, zeroed once
+} DecodeProblem;
+
+// Bytes that decode_step needs for sequences up to max_seq_len, or 0 where it does not serve such a model.
+typedef size_t DecodeWorkspaceBytes(const DecodeProblem *problem, int max_seq_len);
+typedef int DecodeMaxSeqs(void);  // most sequences of a step that decode_step takes
+// With `advance`, also prepares the next step where this one found its input: each sequence's arg-max
+// becomes its input id, its length and position grow by one (slot_mapping is left: this operation derives
+// slots itself).
+typedef Status DecodeStep(const DecodeProblem *problem, const BatchIndex *batch, int advance,
+                          Stream stream);
+
 // The parts of the contract that have no operation of their own, exposed for proof.
 typedef Status TensorCoreStep(float *d, const float *c, const bf16 *a, const bf16 *b, int64_t n,
                               Stream stream);
@@ -165,6 +207,10 @@ typedef struct Kernels {
     Argmax *argmax;
     TensorCoreStep *tensor_core_step;
     Exp2 *exp2;
+    // The fused step; null where a backend has none.
+    DecodeWorkspaceBytes *decode_workspace_bytes;
+    DecodeMaxSeqs *decode_max_seqs;
+    DecodeStep *decode_step;
 } Kernels;
 
 // The tables: the CPU's is always there; without CUDA in the build, cuda_kernels() fails and says so.
@@ -196,3 +242,6 @@ ResidualAdd twin_residual_add, cuda_residual_add;
 Argmax twin_argmax, cuda_argmax;
 TensorCoreStep twin_tensor_core_step, cuda_tensor_core_step;
 Exp2 twin_exp2, cuda_exp2;
+DecodeWorkspaceBytes cuda_decode_workspace_bytes;
+DecodeMaxSeqs cuda_decode_max_seqs;
+DecodeStep cuda_decode_step;

@@ -103,6 +103,8 @@ static Status output_block(Model *model, const BatchIndex *batch, const TapSet *
 Status model_forward(Model *model, const BatchIndex *batch, const TapSet *taps, float *logits,
                      int32_t *next_ids) {
     Activations *a = &model->activations;
+    if (taps->num_taps == 0 && decode_applies(model, batch))
+        return decode_forward(model, batch, 0, 1, logits, next_ids);
     TRY(model->kernels->embedding(a->residual, &model->weights.embed_tokens, batch->input_ids,
                                   batch->num_tokens, model->stream));
     TRY(tap(model, taps, TAP_EMBED, 0, a->residual, batch));

@@ -47,7 +47,8 @@ typedef struct Model {
     Stream stream;
     Weights weights;
     Activations activations;
-    KvLayer *cache;  // [num_layers]
+    KvLayer *cache;        // [num_layers]
+    DecodeProblem decode;  // for the backend's fused step; workspace is null where it has none
 } Model;
 
 // Where the forward pass shows its values (runtime/tap.c); null members do nothing.
@@ -64,6 +65,13 @@ int tap_value_size(TapPoint point);  // bytes
 
 // The table of cos and sin, bf16 [max_positions, head_dim], on the host.
 Status rope_table_fill(bf16 *table, const EngineModelConfig *config, int max_positions);
+
+// The fused step: whether it can take this batch, and one or several greedy steps with it. `next_ids` is
+// [num_steps, num_seqs] on the host, or null. The batch's arrays advance in place; `steps_before` are
+// already done.
+int decode_applies(const Model *model, const BatchIndex *batch);
+Status decode_forward(Model *model, const BatchIndex *batch, int steps_before, int num_steps, float *logits,
+                      int32_t *next_ids);
 
 // One step: fills host arrays logits [num_logits, vocab_size] and next_ids [num_logits], either may be
 // null.

@@ -24,14 +24,15 @@ static Status check_counts(const EngineBatch *b, const BatchLimits *limits) {
     return STATUS_OK;
 }
 
-static Status check_sequence(const EngineBatch *b, const BatchLimits *limits, int sequence) {
+static Status check_sequence(const EngineBatch *b, const BatchLimits *limits, int extra_tokens,
+                             int sequence) {
     int first = b->cu_seqlens_q[sequence], end = b->cu_seqlens_q[sequence + 1];
     int seq_len = b->seq_lens[sequence];
     if (end <= first || end > b->num_tokens)
         return fail(STATUS_INVALID_ARGUMENT,
                     "cu_seqlens_q[%d] is %d after %d: must grow and stay within %d", sequence + 1, end,
                     first, b->num_tokens);
-    if (seq_len < end - first || seq_len > limits->max_seq_len)
+    if (seq_len < end - first || seq_len > limits->max_seq_len - extra_tokens)
         return fail(STATUS_INVALID_ARGUMENT,
                     "seq_lens[%d] is %d, must be %d (its new tokens) .. %d (max_seq_len)", sequence,
                     seq_len, end - first, limits->max_seq_len);
@@ -61,11 +62,13 @@ static Status check_sequence(const EngineBatch *b, const BatchLimits *limits, in
     return STATUS_OK;
 }
 
-Status batch_check(const EngineBatch *b, const BatchLimits *limits, uint32_t *slot_owner, uint32_t step) {
+Status batch_check(const EngineBatch *b, const BatchLimits *limits, int extra_tokens, uint32_t *slot_owner,
+                   uint32_t step) {
     TRY(check_counts(b, limits));
     if (b->cu_seqlens_q[0] != 0)
         return fail(STATUS_INVALID_ARGUMENT, "cu_seqlens_q[0] is %d, must be 0", b->cu_seqlens_q[0]);
-    for (int sequence = 0; sequence < b->num_seqs; sequence++) TRY(check_sequence(b, limits, sequence));
+    for (int sequence = 0; sequence < b->num_seqs; sequence++)
+        TRY(check_sequence(b, limits, extra_tokens, sequence));
     if (b->cu_seqlens_q[b->num_seqs] != b->num_tokens)
         return fail(STATUS_INVALID_ARGUMENT, "cu_seqlens_q[%d] is %d, but num_tokens is %d", b->num_seqs,
                     b->cu_seqlens_q[b->num_seqs], b->num_tokens);

@@ -15,5 +15,7 @@ typedef struct BatchLimits {
 
 // `slot_owner` is the caller's scratch, [num_blocks * block_size], zeroed once; `step` a number that grows
 // by one with every call, so that the scratch need not be cleared.
-Status batch_check(const EngineBatch *batch, const BatchLimits *limits, uint32_t *slot_owner,
-                   uint32_t step);
+// `extra_tokens`: tokens by which every sequence will grow after this step, for which its blocks must
+// suffice.
+Status batch_check(const EngineBatch *batch, const BatchLimits *limits, int extra_tokens,
+                   uint32_t *slot_owner, uint32_t step);

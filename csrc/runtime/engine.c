@@ -4,7 +4,7 @@
 #include <string.h>
 #include "engine_state.h"
 
-static Status allocate(Engine *e, void *pointer_to_pointer, size_t bytes, int64_t *account) {
+Status allocate(Engine *e, void *pointer_to_pointer, size_t bytes, int64_t *account) {
     void *memory;
     TRY(e->model.kernels->alloc(&memory, bytes, e->model.stream));
     e->allocations[e->num_allocations++] = memory;
@@ -42,7 +42,8 @@ static Status allocate_activations(Engine *e) {
     TRY(allocate(e, &a->up, intermediate, account));
     TRY(allocate(e, &a->act, intermediate, account));
     TRY(allocate(e, &a->logits, (size_t)a->logits_rows * c->vocab_size * sizeof(float), account));
-    return allocate(e, &a->next_ids, (size_t)a->logits_rows * sizeof(int32_t), account);
+    size_t ids = (size_t)a->logits_rows + (size_t)GREEDY_STEPS * e->options.max_num_seqs;
+    return allocate(e, &a->next_ids, ids * sizeof(int32_t), account);
 }
 
 static Status allocate_cache(Engine *e) {
@@ -153,7 +154,7 @@ static const int32_t *stage(Engine *e, size_t *used, const int32_t *values, size
     return device;
 }
 
-static Status index_of_batch(Engine *e, const EngineBatch *b, BatchIndex *index) {
+Status index_of_batch(Engine *e, const EngineBatch *b, BatchIndex *index) {
     size_t used = 0, tokens = (size_t)b->num_tokens, seqs = (size_t)b->num_seqs;
     *index = (BatchIndex){.num_tokens = b->num_tokens,
                           .num_seqs = b->num_seqs,
@@ -192,14 +193,20 @@ static Status check_taps(const Engine *e, const EngineTap *taps, int num_taps) {
     return STATUS_OK;
 }
 
-Status engine_forward(Engine *e, const EngineBatch *batch, const EngineTap *taps, int32_t num_taps) {
-    if (!e || !batch) return fail(STATUS_INVALID_ARGUMENT, "engine or batch is null");
+Status check_usable(const Engine *e) {
+    if (!e) return fail(STATUS_INVALID_ARGUMENT, "engine is null");
     if (e->is_dead)
         return fail(STATUS_DEVICE_ERROR, "the device failed in an earlier call: this engine is dead");
     if (!e->is_ready)
         return fail(STATUS_INVALID_ARGUMENT, "engine_finish_loading was not called, or failed");
+    return STATUS_OK;
+}
+
+Status engine_forward(Engine *e, const EngineBatch *batch, const EngineTap *taps, int32_t num_taps) {
+    if (!batch) return fail(STATUS_INVALID_ARGUMENT, "batch is null");
+    TRY(check_usable(e));
     TRY(check_taps(e, taps, num_taps));
-    TRY(batch_check(batch, &e->limits, e->slot_owner, ++e->step));
+    TRY(batch_check(batch, &e->limits, 0, e->slot_owner, ++e->step));
     BatchIndex index;
     TapSet set = {taps, num_taps};
     Status status = index_of_batch(e, batch, &index);

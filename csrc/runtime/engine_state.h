@@ -26,3 +26,14 @@ struct Engine {
 // config and options within what the kernels serve, refused by field, limit and value (limits.c).
 Status check_config(const EngineModelConfig *config);
 Status check_options(const EngineOptions *options);
+
+enum { GREEDY_STEPS = 64 };  // steps of engine_decode between two looks at the host
+
+// Backend memory that lives as long as the engine, counted on `account` (engine.c).
+Status allocate(Engine *engine, void *pointer_to_pointer, size_t bytes, int64_t *account);
+// The step's index arrays in the backend's memory (engine.c).
+Status index_of_batch(Engine *engine, const EngineBatch *batch, BatchIndex *index);
+// A loaded, living engine, or why not (engine.c).
+Status check_usable(const Engine *engine);
+// Sets up the backend's fused step, where it has one for this model (greedy.c).
+Status prepare_decode(Engine *engine);

@@ -50,6 +50,8 @@ Status engine_finish_loading(Engine *e) {
     for (int i = 0; i < e->num_slots; i++)
         if (!e->slots[i].is_loaded)
             return fail(STATUS_INVALID_ARGUMENT, "%s was not loaded", e->slots[i].name);
+    if (e->is_ready) return fail(STATUS_INVALID_ARGUMENT, "engine_finish_loading was called before");
+    TRY(prepare_decode(e));
     e->is_ready = 1;
     return STATUS_OK;
 }

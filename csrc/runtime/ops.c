@@ -251,7 +251,7 @@ Status op_attention(OpContext *context, uint16_t *out, const uint16_t *q, const 
     uint32_t *slot_owner = calloc((size_t)max_seq_len, sizeof *slot_owner);
     if (!slot_owner)
         return fail(STATUS_OUT_OF_MEMORY, "%zu bytes of host memory", max_seq_len * sizeof *slot_owner);
-    Status status = batch_check(batch, &limits, slot_owner, 1);
+    Status status = batch_check(batch, &limits, 0, slot_owner, 1);
     free(slot_owner);
     TRY(status);
 

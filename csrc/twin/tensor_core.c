@@ -12,7 +12,9 @@
 enum {
     FRACTION_BITS = 25,  // below the largest exponent, kept of every term
     BF16_BIAS = 127,
-    NOT_FINITE = 1000,  // stands for the exponent of NaN and infinity: sends the step to the specification
+    ZERO = -1000,       // stands for the exponent of zero: a product that is zero has no say in the largest
+    NOT_FINITE = 3000,  // stands for the exponent of NaN and infinity, beside a zero too
+    NOT_FINITE_PRODUCT = 1000,  // from this sum of two on, one is NOT_FINITE: the step takes the specification
     // The fast route works in float32 and int32. With e the unbiased largest exponent, e + 2 * BF16_BIAS
     // must lie in this range: then no product overflows or loses a kept bit to underflow, and 2^(25 - e) is
     // normal.
@@ -22,6 +24,7 @@ enum {
 
 static int biased_exponent(bf16 x) {
     int exponent = (x >> 7) & 0xff;
+    if ((x & 0x7fff) == 0) return ZERO;
     return exponent == 0xff ? NOT_FINITE : exponent == 0 ? 1 : exponent;
 }
 
@@ -82,7 +85,7 @@ float tensor_core_step(float c, const bf16 *a, const bf16 *b) {
     if (c_biased == 0xff) return step_not_finite(c, a, b);
     for (int k = 0; k < NUMERICS_STEP; k++) {
         int exponent = biased_exponent(a[k]) + biased_exponent(b[k]);
-        if (exponent >= NOT_FINITE) return step_not_finite(c, a, b);
+        if (exponent >= NOT_FINITE_PRODUCT) return step_not_finite(c, a, b);
         if (exponent - 2 * BF16_BIAS > largest) largest = exponent - 2 * BF16_BIAS;
     }
     int32_t c_significand = (int32_t)(float_bits(c) & 0x7fffffu) | (c_biased ? 0x800000 : 0);

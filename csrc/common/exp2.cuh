@@ -1,0 +1,27 @@
+// exp2.cuh -- the contract's exp2: docs/numerics.md section 3, the same bits as twin/exp2.h.
+
+#pragma once
+#include <stdint.h>
+
+#include "numerics.h"
+
+__device__ __forceinline__ float contract_exp2(float x) {
+    // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even, and leaves that integer in the low
+    // bits. Right for every |x| below 2^22; outside [-126, 128) the result is replaced below.
+    const float kRoundToInteger = 12582912.0f;
+    float shifted = __fadd_rn(x, kRoundToInteger);
+    float f = __fsub_rn(x, __fsub_rn(shifted, kRoundToInteger));
+    float p = __int_as_float(EXP2_C6);
+    p = __fmaf_rn(p, f, __int_as_float(EXP2_C5));
+    p = __fmaf_rn(p, f, __int_as_float(EXP2_C4));
+    p = __fmaf_rn(p, f, __int_as_float(EXP2_C3));
+    p = __fmaf_rn(p, f, __int_as_float(EXP2_C2));
+    p = __fmaf_rn(p, f, __int_as_float(EXP2_C1));
+    p = __fmaf_rn(p, f, __int_as_float(EXP2_C0));
+    // p * 2^n is normal, so the product is an addition to the exponent field.
+    float result = __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
+    if (x < -126.0f) result = 0.0f;
+    if (x >= 128.0f) result = __int_as_float(0x7f800000);
+    if (x != x) result = __int_as_float(0x7fffffff);
+    return result;
+}

@@ -1,0 +1,167 @@
+// ptx.cuh -- the instructions C++ has no words for, one function each.
+
+#pragma once
+#include <stdint.h>
+
+__device__ __forceinline__ uint32_t shared_address(const void *pointer) {
+    return (uint32_t)__cvta_generic_to_shared(pointer);
+}
+
+// mma.sync.m16n8k16 (PTX ISA 9.7.14, warp-level matrix instructions): d = step(d, a, b), a 16 x 8 tile of
+// outputs per warp. With group = lane / 4 and quad = lane % 4, this lane holds of
+//   a  rows group, group + 8, group, group + 8 at k 2 quad, 2 quad + 1 (first two), + 8 (last two)
+//   b  column group at k 2 quad, 2 quad + 1 (first), + 8 (second)
+//   d  row group at columns 2 quad, 2 quad + 1 (first two), row group + 8 (last two)
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ldmatrix (PTX ISA 9.7.14.5.15): four 8 x 8 tiles of bf16; lane i names row i % 8 of tile i / 8. Lane
+// (group, quad) receives columns 2 quad and 2 quad + 1 of row group of each tile.
+__device__ __forceinline__ void load_matrix_x4(uint32_t (&d)[4], uint32_t row_address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(row_address)
+                 : "memory");
+}
+
+// The same, each tile transposed on the way.
+__device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&d)[4], uint32_t row_address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(row_address)
+                 : "memory");
+}
+
+// cp.async (PTX ISA 9.7.9.25.3): 16 bytes from global to shared memory, past the L1 cache. Of the source
+// only the first source_bytes are read, the rest becomes zero.
+__device__ __forceinline__ void copy_async_16(uint32_t to_shared, const void *from, int source_bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from),
+                 "r"(source_bytes)
+                 : "memory");
+}
+
+// Close this thread's current group of asynchronous copies.
+__device__ __forceinline__ void copy_async_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Wait until at most kPending of this thread's groups are unfinished.
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// mbarrier (PTX ISA 9.7.13.15): a phase ends when the expected arrivals and bytes are in.
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int num_arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(num_arrivals) : "memory");
+}
+
+// Makes initialised barriers visible to the copy engine.
+__device__ __forceinline__ void barrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives, and makes the phase wait for `bytes` of bulk copies too.
+__device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+}
+
+// Waits for the end of the phase of this parity; phases count from 0.
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+// cp.async.bulk (PTX ISA 9.7.9.25.4): contiguous bytes, a multiple of 16, from global to shared memory;
+// arrival is counted on the barrier.
+__device__ __forceinline__ void copy_bulk(uint32_t to_shared, const void *from, int bytes,
+                                          uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            to_shared),
+        "l"(from), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
+// fence.proxy.async (PTX ISA 9.7.13.4): what this thread wrote to shared memory becomes visible to wgmma.
+__device__ __forceinline__ void fence_async_proxy() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Shared-memory matrix descriptor (PTX ISA 9.7.15.5.1) of a K-major operand in tile.cuh's layout: rows of
+// 128 bytes, groups of eight rows 1024 bytes apart, 128-byte swizzle. The k16 steps of a tile are 32 bytes
+// apart.
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t shared) {
+    constexpr uint64_t kGroupStride = 1024 >> 4, kSwizzle128 = 1;
+    return (uint64_t)((shared & 0x3ffffu) >> 4) | (1ull << 16) | (kGroupStride << 32) | (kSwizzle128 << 62);
+}
+
+// setmaxnreg (PTX ISA 9.7.19.5): a warpgroup gives registers back, or waits until it may have more.
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// wgmma (PTX ISA 9.7.15): orders register accesses before the warpgroup's next instructions.
+__device__ __forceinline__ void wgmma_fence() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// wgmma.mma_async.m64n128k16: d = step(accumulate ? d : 0, a, b), 64 x 128 outputs per warpgroup, both
+// operands through descriptors. Warp w of the group holds rows 16 w .. 16 w + 15; d[4 i + e] is
+// mma_m16n8k16's d[e] of columns 8 i .. 8 i + 7.
+__device__ __forceinline__ void wgmma_m64n128k16(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+    asm volatile(
+        "{\n"
+        ".reg .pred accumulate;\n"
+        "setp.ne.b32 accumulate, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "%64, %65, accumulate, 1, 1, 0, 0;\n"
+        "}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),
+          "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),
+          "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),
+          "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),
+          "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]),
+          "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]),
+          "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),
+          "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+        : "l"(a), "l"(b), "r"(accumulate));
+}

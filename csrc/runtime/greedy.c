@@ -1,0 +1,130 @@
+// greedy.c -- several greedy steps in one call: on the backend's fused step, or one forward pass after
+// another.
+
+#include <stdlib.h>
+#include <string.h>
+#include "engine_state.h"
+
+Status prepare_decode(Engine *e) {
+    Model *m = &e->model;
+    const EngineModelConfig *c = &m->config;
+    const Weights *w = &m->weights;
+    const Activations *a = &m->activations;
+    if (!m->kernels->decode_step) return STATUS_OK;
+    DecodeProblem problem = {
+        .num_layers = c->num_layers,
+        .hidden_size = c->hidden_size,
+        .num_heads = c->num_heads,
+        .num_kv_heads = c->num_kv_heads,
+        .eps = c->rms_norm_eps,
+        .embed_tokens = w->embed_tokens,
+        .lm_head = w->lm_head,
+        .norm = w->norm,
+        .rope_table = w->rope_table,
+        .residual = a->residual,
+        .q = a->q,
+        .k = a->k,
+        .v = a->v,
+        .attn = a->attn,
+        .act = a->act,
+        .logits = a->logits,
+        .next_ids = a->next_ids,
+    };
+    size_t bytes = m->kernels->decode_workspace_bytes(&problem, e->options.max_seq_len);
+    if (bytes == 0) return STATUS_OK;
+    size_t layer_bytes = (size_t)c->num_layers * sizeof(DecodeLayer);
+    DecodeLayer *layers = NULL;
+    TRY(allocate(e, &layers, layer_bytes, &e->workspace_bytes));
+    TRY(allocate(e, &problem.workspace, bytes, &e->workspace_bytes));
+    char *host = calloc(1, bytes > layer_bytes ? bytes : layer_bytes);
+    if (!host) return fail(STATUS_OUT_OF_MEMORY, "%zu bytes of host memory", bytes);
+    Status status = m->kernels->copy_in(problem.workspace, host, bytes, m->stream);
+    if (status == STATUS_OK) status = m->kernels->synchronize(m->stream);
+    for (int i = 0; i < c->num_layers; i++) {
+        const LayerWeights *layer = &w->layers[i];
+        DecodeLayer decode = {layer->input_layernorm, layer->post_attention_layernorm,
+                              layer->q_proj,          layer->k_proj,
+                              layer->v_proj,          layer->o_proj,
+                              layer->gate_proj,       layer->up_proj,
+                              layer->down_proj,       m->cache[i]};
+        memcpy(host + (size_t)i * sizeof decode, &decode, sizeof decode);
+    }
+    if (status == STATUS_OK) status = m->kernels->copy_in(layers, host, layer_bytes, m->stream);
+    if (status == STATUS_OK) status = m->kernels->synchronize(m->stream);
+    free(host);
+    problem.layers = layers;
+    if (status == STATUS_OK) m->decode = problem;
+    return status;
+}
+
+// The next step's arrays from this one's: in place, on the host.
+static void advance(const Engine *e, const EngineBatch *b, int32_t *arrays, const int32_t *ids) {
+    int n = b->num_seqs;
+    int32_t *input_ids = arrays, *positions = arrays + n, *slots = arrays + 2 * n,
+            *seq_lens = arrays + 3 * n;
+    for (int i = 0; i < n; i++) {
+        input_ids[i] = ids[i];
+        int position = ++positions[i];
+        seq_lens[i]++;
+        int block = b->block_tables[(size_t)i * b->max_blocks_per_seq + position / e->options.block_size];
+        slots[i] = block * e->options.block_size + position % e->options.block_size;
+    }
+}
+
+static Status decode_one_by_one(Engine *e, const EngineBatch *batch, int num_steps, int32_t *next_ids) {
+    size_t n = (size_t)batch->num_seqs;
+    int32_t *arrays = malloc(4 * n * sizeof *arrays);
+    if (!arrays) return fail(STATUS_OUT_OF_MEMORY, "%zu bytes of host memory", 4 * n * sizeof *arrays);
+    memcpy(arrays, batch->input_ids, n * sizeof *arrays);
+    memcpy(arrays + n, batch->positions, n * sizeof *arrays);
+    memcpy(arrays + 2 * n, batch->slot_mapping, n * sizeof *arrays);
+    memcpy(arrays + 3 * n, batch->seq_lens, n * sizeof *arrays);
+    EngineBatch step = *batch;
+    step.input_ids = arrays;
+    step.positions = arrays + n;
+    step.slot_mapping = arrays + 2 * n;
+    step.seq_lens = arrays + 3 * n;
+    Status status = STATUS_OK;
+    for (int i = 0; i < num_steps && status == STATUS_OK; i++) {
+        BatchIndex index;
+        TapSet no_taps = {NULL, 0};
+        if (i > 0) advance(e, batch, arrays, next_ids + (size_t)(i - 1) * n);
+        status = index_of_batch(e, &step, &index);
+        if (status == STATUS_OK)
+            status = model_forward(&e->model, &index, &no_taps, i == num_steps - 1 ? batch->logits : NULL,
+                                   next_ids + (size_t)i * n);
+    }
+    free(arrays);
+    return status;
+}
+
+static Status decode_fused(Engine *e, const BatchIndex *index, int num_steps, float *logits,
+                           int32_t *next_ids) {
+    for (int done = 0; done < num_steps; done += GREEDY_STEPS) {
+        int steps = num_steps - done < GREEDY_STEPS ? num_steps - done : GREEDY_STEPS;
+        TRY(decode_forward(&e->model, index, done, steps, logits,
+                           next_ids + (size_t)done * index->num_seqs));
+    }
+    return STATUS_OK;
+}
+
+Status engine_decode(Engine *e, const EngineBatch *batch, int32_t num_steps, int32_t *next_ids) {
+    if (!batch || !next_ids) return fail(STATUS_INVALID_ARGUMENT, "batch or next_ids is null");
+    TRY(check_usable(e));
+    if (num_steps < 1 || num_steps > e->limits.max_seq_len)
+        return fail(STATUS_INVALID_ARGUMENT, "num_steps is %d, must be 1 .. %d (max_seq_len)", num_steps,
+                    e->limits.max_seq_len);
+    TRY(batch_check(batch, &e->limits, num_steps - 1, e->slot_owner, ++e->step));
+    if (batch->num_tokens != batch->num_seqs || batch->num_logits != batch->num_seqs)
+        return fail(STATUS_INVALID_ARGUMENT,
+                    "num_tokens is %d and num_logits %d, both must be %d (num_seqs)", batch->num_tokens,
+                    batch->num_logits, batch->num_seqs);
+    BatchIndex index;
+    Status status = index_of_batch(e, batch, &index);
+    if (status == STATUS_OK)
+        status = decode_applies(&e->model, &index)
+                     ? decode_fused(e, &index, num_steps, batch->logits, next_ids)
+                     : decode_one_by_one(e, batch, num_steps, next_ids);
+    if (status == STATUS_DEVICE_ERROR) e->is_dead = 1;
+    return status;
+}

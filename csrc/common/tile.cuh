@@ -2,16 +2,18 @@
 //
 // A tile row is 64 bf16 values, 128 bytes, eight chunks of 16 bytes. Chunk c of row r is stored at place
 // c ^ (r % 8): the 128-byte swizzle of the tensor cores' shared-memory descriptors, under which the eight
-// rows of one chunk column lie in eight different bank groups. Weights are cut into tiles of 64 rows, row
-// tiles outermost; a KV block is one K tile and one V tile of block_size rows per kv head.
+// rows of one chunk column lie in eight different bank groups. Weights are cut into strips of eight rows by 64
+// columns, 1 KiB; the strips of the same eight rows follow each other, so that eight rows by any run of columns
+// are contiguous. A KV block is one K tile and one V tile of block_size rows per kv head.
 
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
 
 constexpr int kTileCols = 64;                       // values of a tile row
-constexpr int kTileRows = 64;                       // rows of a weight tile
-constexpr int kTileValues = kTileRows * kTileCols;  // 8 KiB
+constexpr int kStripRows = 8;                         // rows of a weight strip
+constexpr int kStripValues = kStripRows * kTileCols;  // 1 KiB
+constexpr int kPaddedRows = 64;                       // weights are padded with zero rows to multiples of this
 constexpr int kChunkValues = 8;                     // values of a chunk, 16 bytes
 constexpr int kChunksPerRow = kTileCols / kChunkValues;
 
@@ -26,6 +28,8 @@ __host__ __device__ inline int tile_offset(int row, int chunk) {
 
 // Offset, in values, of chunk `chunk` (of 8 columns) of row `row` in a packed weight of `cols` columns.
 __host__ __device__ inline size_t packed_offset(int row, int chunk, int cols) {
-    size_t tile = (size_t)(row / kTileRows) * num_tiles(cols) + chunk / kChunksPerRow;
-    return tile * kTileValues + tile_offset(row % kTileRows, chunk % kChunksPerRow);
+    size_t strip = (size_t)(row / kStripRows) * num_tiles(cols) + chunk / kChunksPerRow;
+    return strip * kStripValues + tile_offset(row % kStripRows, chunk % kChunksPerRow);
 }
+
+__host__ __device__ inline int padded_rows(int rows) { return (rows + kPaddedRows - 1) / kPaddedRows * kPaddedRows; }

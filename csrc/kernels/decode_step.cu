@@ -61,15 +61,12 @@ static __device__ void stream_phase(StepShared &shared, StreamPlace &place, cons
                 int slot = StreamPlace::slot(place.piece);
                 int tiles = min(kTilesPerChunk, weights.cols / kTileCols - chunk * kTilesPerChunk);
                 barrier_wait(shared_address(&shared.empty[slot]), StreamPlace::parity(place.piece) ^ 1);
-                constexpr int kStripBytes =
-                    kUnitRows * kTileCols * (int)sizeof(bf16);  // eight rows of a tile
-                uint32_t full = shared_address(&shared.full[slot]);
-                if (lane == 0) barrier_arrive_expect(full, tiles * kStripBytes);
-                __syncwarp();  // the bytes are expected before the first arrive
-                if (lane < tiles) {
-                    copy_bulk(shared_address(shared.ring[slot]) + lane * kStripBytes,
-                              data + (size_t)(chunk * kTilesPerChunk + lane) * kTileValues, kStripBytes,
-                              full);
+                if (lane == 0) {
+                    constexpr int kStripBytes = kStripValues * (int)sizeof(bf16);
+                    uint32_t full = shared_address(&shared.full[slot]);
+                    barrier_arrive_expect(full, tiles * kStripBytes);
+                    copy_bulk(shared_address(shared.ring[slot]),
+                              data + (size_t)chunk * kTilesPerChunk * kStripValues, tiles * kStripBytes, full);
                 }
             }
         }
@@ -237,6 +234,8 @@ static __device__ __forceinline__ bf16 silu_and_mul(float gate, float up) {
     return to_bf16(__fmul_rn(to_float(to_bf16(__fdiv_rn(g, __fadd_rn(1.0f, e)))), u));
 }
 
+constexpr int kNoId = 0x7fffffff;
+
 // Larger value, then lower id; NaN above every number.
 static __device__ __forceinline__ bool is_better(float value, int id, float best, int best_id) {
     bool is_nan = value != value, best_is_nan = best != best;
@@ -256,6 +255,8 @@ static __device__ void argmax_phase(StepShared &shared, const StepArguments &arg
     consumer_barrier();  // the threads' candidates visible to the threads that compare them
     int token = (int)threadIdx.x;
     if (token < num_tokens) {
+        best = __int_as_float(0xff800000);
+        best_id = kNoId;
         for (int i = 0; i < kConsumers; ++i) {
             if (i / kPerToken % kStepTokens == token && is_better(values[i], ids[i], best, best_id)) {
                 best = values[i];
@@ -272,8 +273,8 @@ static __device__ void argmax_phase(StepShared &shared, const StepArguments &arg
     if (!shared.is_last) return;
     __threadfence();  // the other blocks' candidates after their reports
     if (token < num_tokens) {
-        best_id = 0x7fffffff;
         best = __int_as_float(0xff800000);
+        best_id = kNoId;
         for (int i = 0; i < (int)gridDim.x; ++i) {
             float value = __ldcg(args.best_values + i * kStepTokens + token);
             int id = __ldcg(args.best_ids + i * kStepTokens + token);
@@ -350,7 +351,7 @@ static __device__ void consume(StepShared &shared, const StepArguments &args) {
     }
     norm_phase(shared, problem, problem.norm, num_tokens);
     float best = __int_as_float(0xff800000);
-    int best_id = 0x7fffffff;
+    int best_id = kNoId;
     compute_phase<true>(shared, place, one_matrix(problem.lm_head), normed, num_tokens,
                         [&](int token, int row, float value, float) {
                             if (row >= problem.lm_head.rows) return;

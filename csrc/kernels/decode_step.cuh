@@ -104,7 +104,7 @@ struct PhaseWeights {
         int all = num_units(), block = (int)blockIdx.x;
         return all > block ? (all - block + (int)gridDim.x - 1) / (int)gridDim.x : 0;
     }
-    // Where part `part` of a unit starts in its packed matrix (tile.cuh: 64-row tiles).
+    // Where part `part` of a unit starts in its packed matrix: its rows are contiguous (tile.cuh).
     __device__ const bf16 *unit_data(int unit, int part) const {
         int matrix = is_paired ? part : 0;
         if (!is_paired) {

@@ -41,14 +41,16 @@ struct FewShape {
     }
 };
 
-// Starts the copy of one stage: kRows rows of the k tile, which lie contiguous in the packed tile.
+// Starts the copy of one stage: a strip of each group of eight rows, which are k_tiles strips apart.
 template <typename Shape>
-static __device__ __forceinline__ void fill_stage(uint32_t stage, const bf16 *tile_rows, int lane) {
+static __device__ __forceinline__ void fill_stage(uint32_t stage, const bf16 *strip, int k_tiles, int lane) {
     constexpr int kChunks = Shape::kStageValues / kChunkValues;
+    constexpr int kStripChunks = kStripValues / kChunkValues;
 #pragma unroll
     for (int i = 0; i < kChunks / kWarp; ++i) {
         int chunk = i * kWarp + lane;
-        copy_async_16(stage + chunk * 16, tile_rows + chunk * kChunkValues, 16);
+        const bf16 *from = strip + (size_t)(chunk / kStripChunks) * k_tiles * kStripValues;
+        copy_async_16(stage + chunk * 16, from + chunk % kStripChunks * kChunkValues, 16);
     }
 }
 
@@ -69,9 +71,7 @@ static __global__ void __launch_bounds__(FewShape<kTokenFragments, kRowFragments
     float *total = sums + num_warps * Shape::kOutputs;
     uint32_t ring = shared_address(rings + (size_t)warp * kStages * Shape::kStageValues);
     constexpr uint32_t kStageBytes = Shape::kStageValues * sizeof(bf16);
-    // This thread block's rows inside their row tile.
-    const bf16 *band = problem.weight + (size_t)(first_row / kTileRows) * k_tiles * kTileValues +
-                       (first_row % kTileRows) * kTileCols;
+    const bf16 *band = problem.weight + (size_t)(first_row / kStripRows) * k_tiles * kStripValues;
 
     // The warp's k tiles in order: stage s of its life is tile s % 8 of its chunk number s / 8.
     auto k_tile_of = [&](int s) {
@@ -80,7 +80,8 @@ static __global__ void __launch_bounds__(FewShape<kTokenFragments, kRowFragments
     auto fill = [&](int s) {
         int k_tile = k_tile_of(s);
         if (k_tile < k_tiles) {
-            fill_stage<Shape>(ring + s % kStages * kStageBytes, band + (size_t)k_tile * kTileValues, lane);
+            fill_stage<Shape>(ring + s % kStages * kStageBytes, band + (size_t)k_tile * kStripValues, k_tiles,
+                              lane);
         }
         copy_async_commit();  // an empty group keeps the count
     };

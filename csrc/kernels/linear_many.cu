@@ -28,8 +28,8 @@ constexpr int kBlockTokens = kConsumers * kConsumerTokens;
 constexpr int kBlockRows = 128;  // columns of one wgmma
 constexpr int kAccumulators = kConsumerTokens * kBlockRows / kWarpgroup;
 constexpr int kTokenTileBytes = kBlockTokens * kTileCols * (int)sizeof(bf16);
-constexpr int kWeightTileBytes = kTileValues * (int)sizeof(bf16);
-constexpr int kStageBytes = kTokenTileBytes + kBlockRows / kTileRows * kWeightTileBytes;
+constexpr int kStripBytes = kStripValues * (int)sizeof(bf16);
+constexpr int kStageBytes = kTokenTileBytes + kBlockRows / kStripRows * kStripBytes;
 constexpr int kStages = 6;  // 192 KiB; one thread block per multiprocessor
 constexpr int kCopiesInFlight =
     2;  // token tiles asked for, not yet handed over; on an H200 3 and 4 were slower
@@ -69,17 +69,17 @@ static __device__ __forceinline__ void copy_tokens(uint32_t token_tile, const Li
     }
 }
 
-// Starts the copies of the same k tile of the block's weight rows: one or two whole packed tiles.
-static __device__ __forceinline__ void copy_weights(uint32_t weight_tiles, uint32_t full,
+// Starts the copies of the same k tile of the block's weight rows, a strip per lane; one whole warp.
+static __device__ __forceinline__ void copy_weights(uint32_t weight_strips, uint32_t full,
                                                     const LinearProblem &problem, const BlockPlace &place,
-                                                    int k_tile) {
-    int first_tile = place.first_row / kTileRows;
-    int count = min(kBlockRows / kTileRows, num_tiles(problem.rows) - first_tile);
-    barrier_arrive_expect(full, count * kWeightTileBytes);
-    for (int i = 0; i < count; ++i) {
-        size_t tile = (size_t)(first_tile + i) * place.k_tiles + k_tile;
-        copy_bulk(weight_tiles + i * kWeightTileBytes, problem.weight + tile * kTileValues,
-                  kWeightTileBytes, full);
+                                                    int k_tile, int lane) {
+    int first_strip = place.first_row / kStripRows;
+    int count = min(kBlockRows, padded_rows(problem.rows) - place.first_row) / kStripRows;
+    if (lane == 0) barrier_arrive_expect(full, count * kStripBytes);
+    __syncwarp();  // the bytes are expected before the first arrive
+    if (lane < count) {
+        size_t strip = (size_t)(first_strip + lane) * place.k_tiles + k_tile;
+        copy_bulk(weight_strips + lane * kStripBytes, problem.weight + strip * kStripValues, kStripBytes, full);
     }
 }
 
@@ -99,9 +99,9 @@ static __device__ __forceinline__ void produce(uint32_t ring, Barriers &barriers
             // The consumers have read what was here one turn of the ring ago; the first turn waits for
             // nobody.
             barrier_wait(shared_address(&barriers.empty[stage]), (k_tile / kStages + 1) % 2);
-            if (thread == 0) {
+            if (thread < kWarp) {
                 copy_weights(at + kTokenTileBytes, shared_address(&barriers.full[stage]), problem, place,
-                             k_tile);
+                             k_tile, thread);
             }
             copy_tokens(at, problem, place, k_tile, thread);
         }

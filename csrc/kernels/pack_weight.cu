@@ -22,7 +22,7 @@ constexpr int kThreads = 256;                // full occupancy at any register c
 constexpr size_t kStagingBytes = 32u << 20;  // a band this long hides a copy's fixed cost
 
 extern "C" size_t cuda_packed_bytes(int rows, int cols) {
-    return (size_t)num_tiles(rows) * num_tiles(cols) * kTileValues * sizeof(bf16);
+    return (size_t)padded_rows(rows) * num_tiles(cols) * kTileCols * sizeof(bf16);
 }
 
 // `first_row` is the band's first row, a multiple of 64; `band` holds band_rows rows of `cols` values.
@@ -31,7 +31,7 @@ static __global__ void pack_weight_kernel(bf16 *packed, const bf16 *band, int fi
     int chunks = num_tiles(cols) * kChunksPerRow;  // of a padded row
     int64_t index = (int64_t)blockIdx.x * kThreads + threadIdx.x;
     int row = (int)(index / chunks), chunk = (int)(index % chunks);
-    if (row >= num_tiles(band_rows) * kTileRows) return;
+    if (row >= padded_rows(band_rows)) return;
     bool exists =
         row < band_rows && chunk * kChunkValues < cols;  // cols is a multiple of 16: chunks are whole
     uint4 values =
@@ -50,8 +50,8 @@ static __global__ void unpack_weight_kernel(bf16 *band, const bf16 *packed, int 
 }
 
 static int rows_per_band(int rows, int cols) {
-    size_t row_tiles = kStagingBytes / ((size_t)kTileRows * cols * sizeof(bf16));
-    size_t band = (row_tiles > 0 ? row_tiles : 1) * kTileRows;
+    size_t row_tiles = kStagingBytes / ((size_t)kPaddedRows * cols * sizeof(bf16));
+    size_t band = (row_tiles > 0 ? row_tiles : 1) * kPaddedRows;
     return band < (size_t)rows ? (int)band : rows;
 }
 
@@ -73,7 +73,7 @@ static Status pack_bands(Matrix *packed, const bf16 *weight, bf16 *band, cudaStr
         size_t bytes = (size_t)band_rows * cols * sizeof(bf16);
         TRY(CUDA_STATUS(
             cudaMemcpyAsync(band, weight + (size_t)first * cols, bytes, cudaMemcpyHostToDevice, stream)));
-        int64_t num_chunks = (int64_t)num_tiles(band_rows) * kTileRows * num_tiles(cols) * kChunksPerRow;
+        int64_t num_chunks = (int64_t)padded_rows(band_rows) * num_tiles(cols) * kChunksPerRow;
         pack_weight_kernel<<<blocks_for(num_chunks), kThreads, 0, stream>>>((bf16 *)packed->data, band,
                                                                             first, band_rows, cols);
         TRY(CUDA_STATUS(cudaGetLastError()));

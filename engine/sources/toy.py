@@ -1,8 +1,8 @@
 """The toy family: small random-weight Llama models with every shape the engine must get right.
 
 Decides their configs and writes them, weights and byte-level tokenizer included, into the cache.
-The bytes depend on nothing but this file and `random_weights`; `FINGERPRINTS` of the tests pins
-them. Knows nothing of the engine.
+The bytes depend on nothing but this file and `random_weights`; a test pins their hashes. Knows
+nothing of the engine.
 """
 
 import hashlib

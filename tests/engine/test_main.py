@@ -1,0 +1,237 @@
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.__main__ import main
+from engine.config import EngineConfig
+from engine.errors import DeviceFailed, DeviceUnavailable, OutOfMemory
+from tests.engine.test_generate import EOS, ScriptedRunner
+
+
+class FakeModel(ScriptedRunner):
+    """A runner that answers "hi é!" and can be told to fail."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        super().__init__([*"hi é!".encode(), EOS])
+        self.failure = failure
+        self.is_closed = False
+
+    def forward(self, batch):
+        if self.failure is not None:
+            raise self.failure
+        return super().forward(batch)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.is_closed = True
+
+
+class Factory:
+    """Makes fake models, and keeps them and the rooms they were given."""
+
+    def __init__(self, unavailable: tuple[str, ...] = ("cuda",), **settings) -> None:
+        self.unavailable = unavailable
+        self.settings = settings
+        self.models: list[FakeModel] = []
+        self.rooms: list[EngineConfig] = []
+
+    def __call__(self, directory: Path, room: EngineConfig, progress) -> FakeModel:
+        if room.device in self.unavailable:
+            raise DeviceUnavailable(f"device {room.device}: not here")
+        progress("loading weights", 1, 2)
+        self.rooms.append(room)
+        self.models.append(FakeModel(**self.settings))
+        return self.models[-1]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path_factory.getbasetemp() / "engine-cache"  # shared: toys are made once
+    monkeypatch.setenv("TOUCHSTONE_CACHE", str(root))
+
+
+def generate(*arguments: str, factory: Factory | None = None) -> int:
+    return main(["generate", "--model", "toy", *arguments], factory or Factory())
+
+
+def test_the_answer_goes_to_stdout_and_the_rates_to_stderr(capsys):
+    factory = Factory()
+
+    code = generate("hello", factory=factory)
+
+    out, err = capsys.readouterr()
+    assert code == 0
+    assert out == "hi é!\n"
+    assert err.startswith("[cpu] prefill 5 tokens at ")
+    assert "decode 7 tokens at" in err and err.count("\n") == 1
+    assert factory.models[0].is_closed
+
+
+def test_json_is_one_object_and_nothing_else(capsys):
+    code = generate("--json", "hello")
+
+    out, err = capsys.readouterr()
+    answer = json.loads(out)
+    assert (code, err) == (0, "")
+    assert answer["text"] == "hi é!"
+    assert answer["token_ids"] == list("hi é!".encode())
+    assert answer["finish_reason"] == "stop"
+    assert answer["device"] == "cpu"
+    assert answer["timings"]["num_prompt_tokens"] == 5
+    assert answer["timings"]["prefill_tokens_per_second"] > 0
+
+
+def test_the_prompt_reaches_the_model_as_its_bytes():
+    factory = Factory()
+
+    generate("--raw", "naïve", factory=factory)
+
+    np.testing.assert_array_equal(factory.models[0].batches[0].input_ids, list("naïve".encode()))
+
+
+def test_the_prompt_can_come_from_standard_input(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"piped")))
+    factory = Factory()
+
+    assert generate("-", factory=factory) == 0
+
+    np.testing.assert_array_equal(factory.models[0].batches[0].input_ids, list(b"piped"))
+
+
+def test_max_tokens_cuts_the_answer(capsys):
+    generate("--json", "--max-tokens", "2", "hello")
+
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["text"] == "hi"
+    assert answer["finish_reason"] == "length"
+
+
+def test_options_reach_the_engine():
+    factory = Factory()
+
+    generate("--threads", "3", "--device", "cpu", "--max-tokens", "200", "x", factory=factory)
+
+    assert (factory.rooms[0].num_threads, factory.rooms[0].device) == (3, "cpu")
+    assert factory.rooms[0].max_seq_len == 201
+
+
+def test_auto_takes_cuda_where_there_is_one():
+    factory = Factory(unavailable=())
+
+    generate("x", factory=factory)
+
+    assert [room.device for room in factory.rooms] == ["cuda"]
+
+
+def test_cuda_that_was_asked_for_and_is_not_there_is_an_error(capsys):
+    assert generate("--device", "cuda", "x") == 1
+    assert capsys.readouterr().err == "error: device cuda: not here\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([""], "prompt must have at least 1 character, got 0"),
+        (["x" * 16384], "prompt must have at most 16383 tokens"),
+        (["--max-tokens", "16384", "x"], "max_tokens must be from 1 to 16383"),
+        (["--chat", "x"], "no chat_template"),
+        (["--model", "no-such-model", "x"], "'no-such-model' is no directory"),
+        (["--model", "", "x"], "model must be a name or a path"),
+        (["--model", os.devnull, "x"], "a model is a directory, this is a file"),
+        (["a\udcff"], "lone surrogate at character 1"),
+    ],
+)
+def test_a_refusal_is_one_line_and_exit_code_1(capsys, arguments, expected):
+    code = generate(*arguments)
+
+    out, err = capsys.readouterr()
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert expected in err
+
+
+@pytest.mark.parametrize(
+    "failure", [DeviceFailed("it\n burnt"), OutOfMemory("64 GB asked"), OSError(28, "disk full")]
+)
+def test_a_failure_while_running_is_one_line_and_closes_the_model(capsys, failure):
+    factory = Factory(failure=failure)
+
+    assert generate("x", factory=factory) == 1
+
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert factory.models[0].is_closed
+
+
+def test_an_interrupt_is_no_traceback(capsys):
+    assert generate("x", factory=Factory(failure=KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["unknown"],
+        ["generate"],
+        ["generate", "--max-tokens", "0", "x"],
+        ["generate", "--max-tokens", "many", "x"],
+        ["generate", "--threads", "-1", "x"],
+        ["generate", "--device", "tpu", "x"],
+        ["generate", "--chat", "--raw", "x"],
+        ["generate", "x", "y"],
+    ],
+)
+def test_wrong_use_is_exit_code_2(capsys, arguments):
+    with pytest.raises(SystemExit) as leaving:
+        main(arguments, Factory())
+
+    assert leaving.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path):
+    # A process of its own: the case is the interpreter's flush at exit.
+    script = (
+        "import sys; from engine.__main__ import main; from tests.engine.test_main import Factory\n"
+        "sys.exit(main(['generate', '--model', 'toy', 'x'], Factory()))"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        check=False,
+    )
+    os.close(writer)
+
+    assert result.returncode == 1
+    assert result.stderr == ""
+
+
+def test_help_imports_neither_torch_nor_transformers_nor_the_library():
+    script = (
+        "import sys\nfrom engine.__main__ import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'cffi', 'engine.bindings'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+    )

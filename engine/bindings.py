@@ -4,10 +4,8 @@ Knows pointers and layouts, decides nothing. bfloat16 crosses as numpy uint16 bi
 library whose ABI version, struct sizes or source stamp are not those of this checkout is refused.
 """
 
-import enum
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -24,6 +22,7 @@ from engine.errors import (
     OutOfMemory,
 )
 from engine.source_stamp import source_stamp
+from engine.tap import Tap, TapPoint
 
 ABI_VERSION = 1
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
@@ -41,46 +40,6 @@ _STRUCTS: Mapping[str, str] = MappingProxyType(
         "engine_tap_size": "EngineTap",
     }
 )
-
-
-class TapPoint(enum.IntEnum):
-    """The named points of the forward pass, in engine.h's order."""
-
-    embed = 0
-    attn_norm = 1
-    q = 2
-    k = 3
-    v = 4
-    q_rope = 5
-    k_rope = 6
-    attn = 7
-    o = 8
-    attn_residual = 9
-    mlp_norm = 10
-    gate = 11
-    up = 12
-    act = 13
-    down = 14
-    mlp_residual = 15
-    final_norm = 16
-    logits = 17
-
-
-@dataclass(frozen=True)
-class Tap:
-    """One look at, or replacement of, a value of the forward pass.
-
-    Args:
-        point: where.
-        layer: 0 .. num_layers - 1; 0 for embed, final_norm and logits.
-        out: written with what the operation computed, [rows, width] uint16 (logits: float32).
-        force: takes the value's place for everything that follows, same shape.
-    """
-
-    point: TapPoint
-    layer: int
-    out: np.ndarray | None = None
-    force: np.ndarray | None = None
 
 
 def _declarations() -> str:
@@ -187,22 +146,30 @@ class Library:
         )
 
     def batch(self, batch: Batch) -> object:
-        """The C struct of a step's index arrays; `batch` must outlive it."""
+        """The C struct of a step's index arrays; `batch` must outlive it.
+
+        Raises:
+            InvalidArgument: an array's length is not what the others imply.
+        """
+        num_tokens, num_seqs = len(batch.input_ids), len(batch.seq_lens)
+        shapes = {
+            "input_ids": (num_tokens,),
+            "positions": (num_tokens,),
+            "slot_mapping": (num_tokens,),
+            "cu_seqlens_q": (num_seqs + 1,),
+            "seq_lens": (num_seqs,),
+            "block_tables": (num_seqs, batch.block_tables.shape[-1]),
+            "logits_indices": (len(batch.logits_indices),),
+        }
         struct = self.ffi.new("EngineBatch *")
-        struct.num_tokens = len(batch.input_ids)
-        struct.num_seqs = len(batch.seq_lens)
-        struct.max_blocks_per_seq = batch.block_tables.shape[1]
+        struct.num_tokens, struct.num_seqs = num_tokens, num_seqs
+        struct.max_blocks_per_seq = batch.block_tables.shape[-1]
         struct.num_logits = len(batch.logits_indices)
-        for name in (
-            "input_ids",
-            "positions",
-            "slot_mapping",
-            "cu_seqlens_q",
-            "seq_lens",
-            "block_tables",
-            "logits_indices",
-        ):
-            setattr(struct, name, self.array(getattr(batch, name), "int32_t", np.int32, name))
+        for name, shape in shapes.items():
+            array = getattr(batch, name)
+            if array.shape != shape:
+                raise InvalidArgument(f"{name} has shape {array.shape}, must be {shape}")
+            setattr(struct, name, self.array(array, "int32_t", np.int32, name))
         return struct
 
 

@@ -101,6 +101,24 @@ __device__ __forceinline__ void copy_bulk(uint32_t to_shared, const void *from, 
         : "memory");
 }
 
+// The same with a cache policy.
+__device__ __forceinline__ void copy_bulk_with_policy(uint32_t to_shared, const void *from, int bytes,
+                                                      uint32_t barrier, uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+        "[%3], "
+        "%4;" ::"r"(to_shared),
+        "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
+// createpolicy (PTX ISA 9.7.9.18): lines of this access are the first to leave the L2 cache.
+__device__ __forceinline__ uint64_t evict_first_policy() {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
 // fence.proxy.async (PTX ISA 9.7.13.4): what this thread wrote to shared memory becomes visible to wgmma.
 __device__ __forceinline__ void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -150,7 +150,7 @@ typedef struct DecodeProblem {
     int num_heads;
     int num_kv_heads;
     float eps;
-    const DecodeLayer *layers;  // [num_layers], in the backend's memory
+    const DecodeLayer *layers;  // [num_layers], on the host
     Matrix embed_tokens;
     Matrix lm_head;
     const bf16 *norm;        // [hidden_size]

@@ -32,15 +32,17 @@ static Status check_sequence(const EngineBatch *b, const BatchLimits *limits, in
         return fail(STATUS_INVALID_ARGUMENT,
                     "cu_seqlens_q[%d] is %d after %d: must grow and stay within %d", sequence + 1, end,
                     first, b->num_tokens);
-    if (seq_len < end - first || seq_len > limits->max_seq_len - extra_tokens)
+    int longest = limits->max_seq_len - extra_tokens;  // now, so that the tokens to come still fit
+    if (seq_len < end - first || seq_len > longest)
         return fail(STATUS_INVALID_ARGUMENT,
-                    "seq_lens[%d] is %d, must be %d (its new tokens) .. %d (max_seq_len)", sequence,
-                    seq_len, end - first, limits->max_seq_len);
-    int num_blocks = (seq_len + limits->block_size - 1) / limits->block_size;
+                    "seq_lens[%d] is %d, must be %d (its new tokens) .. %d (max_seq_len%s)", sequence,
+                    seq_len, end - first, longest, extra_tokens ? " less the tokens to come" : "");
+    int num_blocks = (seq_len + extra_tokens + limits->block_size - 1) / limits->block_size;
     if (num_blocks > b->max_blocks_per_seq)
         return fail(STATUS_INVALID_ARGUMENT,
-                    "seq_lens[%d] is %d and needs %d blocks, but max_blocks_per_seq is %d", sequence,
-                    seq_len, num_blocks, b->max_blocks_per_seq);
+                    "seq_lens[%d] is %d and needs %d blocks%s, but max_blocks_per_seq is %d", sequence,
+                    seq_len, num_blocks, extra_tokens ? " with the tokens to come" : "",
+                    b->max_blocks_per_seq);
     const int32_t *table = b->block_tables + (size_t)sequence * b->max_blocks_per_seq;
     for (int i = 0; i < num_blocks; i++)
         if (table[i] < 0 || table[i] >= limits->num_blocks)
@@ -58,6 +60,26 @@ static Status check_sequence(const EngineBatch *b, const BatchLimits *limits, in
             return fail(STATUS_INVALID_ARGUMENT,
                         "slot_mapping[%d] is %d, but position %d of sequence %d is slot %d", token,
                         b->slot_mapping[token], position, sequence, slot);
+    }
+    return STATUS_OK;
+}
+
+// Slots of the tokens that come after this step's.
+static Status claim_later_slots(const EngineBatch *b, const BatchLimits *limits, int extra_tokens,
+                                uint32_t *slot_owner, uint32_t step) {
+    for (int sequence = 0; sequence < b->num_seqs; sequence++) {
+        const int32_t *table = b->block_tables + (size_t)sequence * b->max_blocks_per_seq;
+        for (int i = 0; i < extra_tokens; i++) {
+            int position = b->seq_lens[sequence] + i;
+            int slot =
+                table[position / limits->block_size] * limits->block_size + position % limits->block_size;
+            if (slot_owner[slot] == step)
+                return fail(
+                    STATUS_INVALID_ARGUMENT,
+                    "block_tables: position %d of sequence %d is slot %d, which this call writes twice",
+                    position, sequence, slot);
+            slot_owner[slot] = step;
+        }
     }
     return STATUS_OK;
 }
@@ -82,6 +104,7 @@ Status batch_check(const EngineBatch *b, const BatchLimits *limits, int extra_to
                         token, b->slot_mapping[token]);
         *owner = step;
     }
+    TRY(claim_later_slots(b, limits, extra_tokens, slot_owner, step));
     for (int i = 0; i < b->num_logits; i++) {
         int previous = i > 0 ? b->logits_indices[i - 1] : -1;
         if (b->logits_indices[i] <= previous || b->logits_indices[i] >= b->num_tokens)

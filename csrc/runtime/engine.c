@@ -103,6 +103,7 @@ static Status build(Engine *e) {
     size_t max_blocks = ((size_t)o->max_seq_len + o->block_size - 1) / o->block_size;
     e->index_count =
         4 * (size_t)o->max_num_tokens + 2 * (size_t)o->max_num_seqs + 1 + o->max_num_seqs * max_blocks;
+    TRY(allocate_host(&e->greedy_arrays, 4 * sizeof(int32_t) * o->max_num_seqs));
     TRY(allocate_host(&e->index_host, e->index_count * sizeof(int32_t)));
     return allocate(e, &e->index_device, e->index_count * sizeof(int32_t), &e->workspace_bytes);
 }
@@ -140,6 +141,8 @@ Status engine_destroy(Engine *e) {
     free(e->slots);
     free(e->index_host);
     free(e->slot_owner);
+    free(e->decode_layers);
+    free(e->greedy_arrays);
     free(e->model.cache);
     free(e->model.weights.layers);
     free(e);

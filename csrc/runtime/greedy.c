@@ -32,27 +32,25 @@ Status prepare_decode(Engine *e) {
     };
     size_t bytes = m->kernels->decode_workspace_bytes(&problem, e->options.max_seq_len);
     if (bytes == 0) return STATUS_OK;
-    size_t layer_bytes = (size_t)c->num_layers * sizeof(DecodeLayer);
-    DecodeLayer *layers = NULL;
-    TRY(allocate(e, &layers, layer_bytes, &e->workspace_bytes));
     TRY(allocate(e, &problem.workspace, bytes, &e->workspace_bytes));
-    char *host = calloc(1, bytes > layer_bytes ? bytes : layer_bytes);
-    if (!host) return fail(STATUS_OUT_OF_MEMORY, "%zu bytes of host memory", bytes);
-    Status status = m->kernels->copy_in(problem.workspace, host, bytes, m->stream);
+    void *zeros = calloc(1, bytes);
+    e->decode_layers = calloc((size_t)c->num_layers, sizeof *e->decode_layers);
+    if (!zeros || !e->decode_layers) {
+        free(zeros);
+        return fail(STATUS_OUT_OF_MEMORY, "%zu bytes of host memory", bytes);
+    }
+    Status status = m->kernels->copy_in(problem.workspace, zeros, bytes, m->stream);
     if (status == STATUS_OK) status = m->kernels->synchronize(m->stream);
+    free(zeros);
     for (int i = 0; i < c->num_layers; i++) {
         const LayerWeights *layer = &w->layers[i];
-        DecodeLayer decode = {layer->input_layernorm, layer->post_attention_layernorm,
-                              layer->q_proj,          layer->k_proj,
-                              layer->v_proj,          layer->o_proj,
-                              layer->gate_proj,       layer->up_proj,
-                              layer->down_proj,       m->cache[i]};
-        memcpy(host + (size_t)i * sizeof decode, &decode, sizeof decode);
+        e->decode_layers[i] = (DecodeLayer){layer->input_layernorm, layer->post_attention_layernorm,
+                                            layer->q_proj,          layer->k_proj,
+                                            layer->v_proj,          layer->o_proj,
+                                            layer->gate_proj,       layer->up_proj,
+                                            layer->down_proj,       m->cache[i]};
     }
-    if (status == STATUS_OK) status = m->kernels->copy_in(layers, host, layer_bytes, m->stream);
-    if (status == STATUS_OK) status = m->kernels->synchronize(m->stream);
-    free(host);
-    problem.layers = layers;
+    problem.layers = e->decode_layers;
     if (status == STATUS_OK) m->decode = problem;
     return status;
 }
@@ -73,8 +71,7 @@ static void advance(const Engine *e, const EngineBatch *b, int32_t *arrays, cons
 
 static Status decode_one_by_one(Engine *e, const EngineBatch *batch, int num_steps, int32_t *next_ids) {
     size_t n = (size_t)batch->num_seqs;
-    int32_t *arrays = malloc(4 * n * sizeof *arrays);
-    if (!arrays) return fail(STATUS_OUT_OF_MEMORY, "%zu bytes of host memory", 4 * n * sizeof *arrays);
+    int32_t *arrays = e->greedy_arrays;
     memcpy(arrays, batch->input_ids, n * sizeof *arrays);
     memcpy(arrays + n, batch->positions, n * sizeof *arrays);
     memcpy(arrays + 2 * n, batch->slot_mapping, n * sizeof *arrays);
@@ -94,7 +91,6 @@ static Status decode_one_by_one(Engine *e, const EngineBatch *batch, int num_ste
             status = model_forward(&e->model, &index, &no_taps, i == num_steps - 1 ? batch->logits : NULL,
                                    next_ids + (size_t)i * n);
     }
-    free(arrays);
     return status;
 }
 

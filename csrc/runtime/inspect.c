@@ -17,6 +17,8 @@ Status engine_read_kv(Engine *e, int32_t layer, const int32_t *slots, int32_t nu
     if (layer < 0 || layer >= e->model.config.num_layers)
         return fail(STATUS_INVALID_ARGUMENT, "layer is %d, must be 0 .. %d", layer,
                     e->model.config.num_layers - 1);
+    if (num_slots < 0)
+        return fail(STATUS_INVALID_ARGUMENT, "num_slots is %d, must be at least 0", num_slots);
     int all_slots = e->options.num_blocks * e->options.block_size;
     for (int i = 0; i < num_slots; i++)
         if (slots[i] < 0 || slots[i] >= all_slots)
@@ -27,13 +29,15 @@ Status engine_read_kv(Engine *e, int32_t layer, const int32_t *slots, int32_t nu
 
 Status engine_fill_blocks(Engine *e, const int32_t *block_ids, int32_t num_block_ids, uint16_t value) {
     if (!e || !block_ids) return fail(STATUS_INVALID_ARGUMENT, "engine or block_ids is null");
-    for (int i = 0; i < num_block_ids; i++) {
+    if (num_block_ids < 0)
+        return fail(STATUS_INVALID_ARGUMENT, "num_block_ids is %d, must be at least 0", num_block_ids);
+    for (int i = 0; i < num_block_ids; i++)
         if (block_ids[i] < 0 || block_ids[i] >= e->options.num_blocks)
             return fail(STATUS_INVALID_ARGUMENT, "block_ids[%d] is %d, must be 0 .. %d", i, block_ids[i],
                         e->options.num_blocks - 1);
+    for (int i = 0; i < num_block_ids; i++)
         for (int layer = 0; layer < e->model.config.num_layers; layer++)
             TRY(e->model.kernels->fill_block(&e->model.cache[layer], block_ids[i], value, e->model.stream));
-    }
     return e->model.kernels->synchronize(e->model.stream);
 }
 

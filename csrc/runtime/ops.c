@@ -2,6 +2,7 @@
 
 #include "../include/ops.h"
 
+#include <limits.h>
 #include <stdlib.h>
 #include "../common/numerics.h"
 #include "../model/model.h"
@@ -245,7 +246,9 @@ Status op_attention(OpContext *context, uint16_t *out, const uint16_t *q, const 
                     num_heads, num_kv_heads);
     if (block_size < 16 || NUMERICS_TILE % block_size)
         return fail(STATUS_INVALID_ARGUMENT, "block_size is %d, must be 16, 32, 64 or 128", block_size);
-    TRY(check_positive("num_blocks", num_blocks));
+    if (num_blocks < 1 || num_blocks > INT_MAX / NUMERICS_TILE)
+        return fail(STATUS_INVALID_ARGUMENT, "num_blocks is %d, must be 1 .. %d", num_blocks,
+                    INT_MAX / NUMERICS_TILE);
     int32_t max_seq_len = num_blocks * block_size;
     BatchLimits limits = {1 << 30, block_size, num_blocks, max_seq_len, 1 << 30, 1 << 30};
     uint32_t *slot_owner = calloc((size_t)max_seq_len, sizeof *slot_owner);

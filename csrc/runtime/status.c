@@ -18,6 +18,7 @@ Status fail(Status status, const char *format, ...) {
 }
 
 Status engine_last_error(const char **message) {
+    if (!message) return fail(STATUS_INVALID_ARGUMENT, "message is null");
     *message = last_message;
     return STATUS_OK;
 }

@@ -1,0 +1,60 @@
+"""The library, its CPU operations and loaded models for every folder; one seed for Hypothesis."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from engine.bindings import Library
+from engine.config import EngineConfig
+from engine.model_runner import ModelRunner
+from engine.models import resolve
+from engine.ops import Ops
+
+settings.register_profile(
+    "touchstone",
+    derandomize=True,  # the same examples on every machine and in every run
+    database=None,
+    deadline=None,  # tests never time
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("touchstone")
+
+
+@pytest.fixture(scope="session")
+def library() -> Library:
+    return Library()
+
+
+@pytest.fixture(scope="session")
+def twin(library: Library) -> Iterator[Ops]:
+    with Ops(library, "cpu") as ops:
+        yield ops
+
+
+@pytest.fixture(scope="session")
+def make_runner(library: Library) -> Iterator[Callable[..., ModelRunner]]:
+    """Runners of named models; one with the same room is made once and shared.
+
+    Keyword arguments are EngineConfig's; the defaults leave room for every test that does not ask
+    for a limit.
+    """
+    runners: dict[tuple[object, ...], ModelRunner] = {}
+
+    def make(name: str = "toy", **room: object) -> ModelRunner:
+        room = {
+            "device": "cpu",
+            "num_blocks": 40,
+            "block_size": 16,
+            "max_seq_len": 512,
+            "max_num_tokens": 512,
+            "max_num_seqs": 8,
+        } | room
+        key = (name, *sorted(room.items()))
+        if key not in runners:
+            runners[key] = ModelRunner(resolve(name), EngineConfig(**room), library)
+        return runners[key]
+
+    yield make
+    for runner in runners.values():
+        runner.close()

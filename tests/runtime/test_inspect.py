@@ -1,0 +1,66 @@
+"""Looking into an engine: what is refused, and that a refusal changes nothing."""
+
+import numpy as np
+import pytest
+
+from engine.errors import InvalidArgument
+
+NUM_BLOCKS, BLOCK_SIZE = 12, 16
+ALL_SLOTS = np.arange(NUM_BLOCKS * BLOCK_SIZE, dtype=np.int32)
+
+
+@pytest.mark.parametrize(
+    ("layer", "slots", "message"),
+    [
+        (-1, [0], "layer is -1, must be 0 .. 1"),
+        (2, [0], "layer is 2, must be 0 .. 1"),
+        (0, [0, -1], r"slots\[1\] is -1, must be 0 .. 191"),
+        (0, [192], r"slots\[0\] is 192, must be 0 .. 191"),
+    ],
+)
+def test_reading_outside_the_cache_is_refused(make_runner, layer: int, slots: list[int], message):
+    with pytest.raises(InvalidArgument, match=message):
+        make_runner(num_blocks=12).read_kv(layer, np.array(slots, np.int32))
+
+
+@pytest.mark.parametrize("bad", [-1, 12, 2**31 - 1])
+def test_filling_outside_the_cache_is_refused_and_nothing_is_changed(make_runner, bad: int):
+    runner = make_runner(num_blocks=12)
+    runner.fill_blocks(range(12), 0x2222)
+
+    with pytest.raises(InvalidArgument, match=rf"block_ids\[1\] is {bad}, must be 0 .. 11"):
+        runner.fill_blocks([0, bad], 0x3333)
+
+    for values in runner.read_kv(0, ALL_SLOTS):
+        assert (values == 0x2222).all()
+
+
+@pytest.mark.parametrize("function", ["engine_read_kv", "engine_fill_blocks"])
+def test_a_negative_count_is_refused(make_runner, function: str):
+    engine = make_runner(num_blocks=12).engine
+    ffi = engine.library.ffi
+    ids, k, v = ffi.new("int32_t[1]"), ffi.new("uint16_t[128]"), ffi.new("uint16_t[128]")
+
+    with pytest.raises(InvalidArgument, match="-1"):
+        if function == "engine_read_kv":
+            engine._call(function, 0, ids, -1, k, v)
+        else:
+            engine._call(function, ids, -1, 0)
+
+
+def test_null_pointers_are_refused(make_runner):
+    engine = make_runner(num_blocks=12).engine
+    ffi = engine.library.ffi
+    slots, k, v = ffi.new("int32_t[1]"), ffi.new("uint16_t[128]"), ffi.new("uint16_t[128]")
+    for arguments in (
+        (0, ffi.NULL, 1, k, v),
+        (0, slots, 1, ffi.NULL, v),
+        (0, slots, 1, k, ffi.NULL),
+    ):
+        with pytest.raises(InvalidArgument, match="null"):
+            engine._call("engine_read_kv", *arguments)
+    with pytest.raises(InvalidArgument, match="null"):
+        engine._call("engine_fill_blocks", ffi.NULL, 1, 0)
+    count = ffi.new("int64_t *")
+    with pytest.raises(InvalidArgument, match="null"):
+        engine._call("engine_memory", count, ffi.NULL, count)

@@ -1,0 +1,182 @@
+import argparse
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import verification.__main__ as command_line
+from engine.errors import DeviceUnavailable
+from tests.verification import samples
+from verification.__main__ import build_parser, parse_layers
+from verification.goldens import GoldenVerdict
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [("0", (0,)), ("0,3-5", (0, 3, 4, 5)), ("5-5", (5,)), (" 4 , 2-3,3 ", (2, 3, 4))],
+)
+def test_layers_are_numbers_and_ranges(text: str, layers: tuple):
+    assert parse_layers(text) == layers
+
+
+@pytest.mark.parametrize("text", ["", "a", "-1", "1-", "1--2", "5-3", "1.5", "²"])
+def test_what_is_no_layer_is_refused(text: str):
+    with pytest.raises(argparse.ArgumentTypeError):
+        parse_layers(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--device", "tpu"], ("--device", "cpu", "cuda")),
+        (["--taps", "q,nonsense"], ("--taps", "'nonsense'", "attn_norm", "logits")),
+        (["--op", "conv"], ("--op", "'conv'", "rms_norm", "attention")),
+        (["--grade", "good"], ("--grade", "'good'", "exact", "bounded")),
+        (["--layers", "5-3"], ("--layers", "5-3")),
+        (["--model", "nonsense"], ("--model", "'nonsense'", "smollm2-135m", "toy")),
+        (["--colour"], ("--colour",)),
+    ],
+)
+def test_a_wrong_word_exits_2_naming_option_and_legal_values(words, named, capsys):
+    with pytest.raises(SystemExit) as caught:
+        build_parser().parse_args(words)
+
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in named)
+
+
+class Verified:
+    """Stands for harness.verify: remembers what it was asked, gives made-up results."""
+
+    def __init__(self, results: dict):
+        self.results = results
+        self.asked: dict = {}
+
+    def __call__(self, directory, prompts, options, progress, *, name, decode_text):
+        self.asked = {"prompts": [p for p, _ in prompts], "options": options, "name": name}
+        progress(1, 1, "done")
+        return self
+
+    def to_json(self) -> dict:
+        return self.results
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch):
+    def call(results: dict, *words: str, golden: GoldenVerdict | None = None):
+        verified, out = Verified(results), io.StringIO()
+        monkeypatch.setattr(command_line, "verify", verified)
+        found = golden or GoldenVerdict("pass", None, ("all equal",))
+        monkeypatch.setattr(command_line, "check_goldens", lambda *_: found)
+        files = ["--html", str(tmp_path / "v.html"), "--json", str(tmp_path / "v.json")]
+        status = command_line.main(["--model", "toy", *files, *words], Console(file=out, width=100))
+        return status, out.getvalue(), verified.asked
+
+    return call
+
+
+def test_a_passing_run_exits_0_and_leaves_both_files(command, tmp_path: Path):
+    status, text, _ = command(samples.passing_run())
+
+    assert status == 0
+    assert "PASS" in text
+    assert json.loads((tmp_path / "v.json").read_text())["verdict"] == "pass"
+    assert (tmp_path / "v.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_a_failed_verdict_exits_1_and_leaves_both_files(command, tmp_path: Path):
+    status, text, _ = command(samples.failing_run())
+
+    assert status == 1
+    assert "first failure" in text
+    assert json.loads((tmp_path / "v.json").read_text())["verdict"] == "fail"
+    assert "First failure" in (tmp_path / "v.html").read_text()
+
+
+def test_a_run_in_which_nothing_ran_does_not_exit_0(command):
+    assert command(samples.not_run())[0] == 1
+
+
+def test_failed_goldens_fail_a_run_that_passes_otherwise(command, tmp_path: Path):
+    broken = GoldenVerdict("fail", "engine bits differ first at layer 0, q (linear)")
+
+    status, text, _ = command(samples.passing_run(), golden=broken)
+
+    assert status == 1
+    assert "engine bits differ first" in text
+    assert json.loads((tmp_path / "v.json").read_text())["goldens"]["status"] == "fail"
+
+
+def test_missing_goldens_are_not_run_and_do_not_fail(command):
+    status, text, _ = command(samples.passing_run(), golden=GoldenVerdict("not run", "no record"))
+
+    assert status == 0
+    assert "no record" in text
+    assert "2 not run" in text
+
+
+def test_a_selection_reaches_the_harness_and_leaves_the_goldens_out(command):
+    words = ("--taps", "q,k", "--layers", "0-1", "--op", "linear", "--grade", "bounded")
+
+    _, text, asked = command(samples.passing_run(), *words, "--prompts", "len-17,len-1")
+
+    selection = asked["options"].selection
+    assert asked["prompts"] == ["len-1", "len-17"]
+    assert asked["name"] == "toy"
+    assert selection.taps == {"q", "k"}
+    assert selection.layers == {0, 1}
+    assert selection.operations == {"linear"}
+    assert selection.grades == {"bounded"}
+    assert "only a selection was verified" in text
+
+
+def test_toys_run_the_short_set_unless_told_otherwise(command):
+    _, _, few = command(samples.passing_run())
+    _, _, many = command(samples.passing_run(), "--prompts", "all")
+
+    assert "long-1100" in few["prompts"]
+    assert set(few["prompts"]) < set(many["prompts"])
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--prompts", "nonsense"], ("--prompts", "'nonsense'", "quick", "len-17")),
+        (["--layers", "0,2"], ("--layers", "no layer 2", "0 to 1")),
+    ],
+)
+def test_what_only_the_model_can_refuse_exits_2_too(command, words, named, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command(samples.passing_run(), *words)
+
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in named)
+
+
+def test_an_error_of_the_engine_is_one_line_and_exits_1(command, monkeypatch):
+    def refuse(*_, **__):
+        raise DeviceUnavailable("no CUDA device\x1b[2J")
+
+    out = io.StringIO()
+    monkeypatch.setattr(command_line, "verify", refuse)
+
+    status = command_line.main(["--model", "toy", "--device", "cuda"], Console(file=out))
+
+    assert status == 1
+    assert out.getvalue().splitlines()[-1] == "error: no CUDA device�[2J"
+
+
+def test_the_whole_command_verifies_a_toy(tmp_path: Path):
+    files = ["--html", str(tmp_path / "v.html"), "--json", str(tmp_path / "v.json")]
+    words = ["--model", "toy-gqa8", "--prompts", "len-17", "--layers", "1", *files]
+
+    status = command_line.main(words, Console(file=io.StringIO()))
+
+    results = json.loads((tmp_path / "v.json").read_text())
+    assert status == 0, results["first_failure"]
+    assert {cell["layer"] for cell in results["cells"]} == {1}
+    assert results["goldens"]["status"] == "not run"

@@ -1,0 +1,121 @@
+import io
+
+from rich.console import Console
+from rich.text import Text
+
+from tests.verification import samples
+from verification.report_terminal import WIDTH, ProgressReport, print_report
+
+
+def printed(results: dict, *, colour: bool = False) -> str:
+    out = io.StringIO()
+    system = "standard" if colour else None
+    console = Console(file=out, width=WIDTH, force_terminal=colour, color_system=system)
+    print_report(results, console)
+    return out.getvalue()
+
+
+def row_of(text: str, tap: str) -> str:
+    return next(line for line in text.splitlines() if line.startswith(f"{tap} "))
+
+
+def test_a_passing_run_ends_in_pass_with_its_counts_and_seconds():
+    text = printed(samples.passing_run())
+
+    assert text.splitlines()[-1].split() == (
+        "PASS 37 checks passed, 0 failed, 1 not run; 26.6 M values in 93.4 s".split()
+    )
+    assert "FAIL" not in text
+    assert "first failure" not in text
+
+
+def test_a_failing_run_names_operator_place_and_the_command_to_run_it_again():
+    text = printed(samples.failing_run())
+
+    assert "FAIL" in row_of(text, "q_rope")
+    for fact in (
+        "rotary_embedding",
+        "model.layers.7.self_attn",
+        "twin_rotary_embedding in csrc/twin/rotary_embedding.c",
+        "token 3, head 2, channel 33",
+        "-1.2578125   expected 1.2578125",
+        "--model smollm2-135m --prompts markup --layers 7 --taps q_rope",
+    ):
+        assert fact in text
+
+
+def test_a_local_failure_does_not_colour_the_local_verdict_of_other_taps():
+    text = printed(samples.failing_run())
+
+    verdicts = row_of(text, "k_rope").split()
+
+    assert "pass" in verdicts  # local
+    assert verdicts[-1] == "FAIL"  # accumulated, downstream of the fault
+
+
+def test_what_was_not_run_is_said_with_its_reason_and_never_as_a_pass():
+    text = printed(samples.not_run())
+
+    assert row_of(text, "attn").split().count("not") == 2
+    assert "pass" not in row_of(text, "attn")
+    assert "transformers is not installed" in text
+    assert "no goldens for this model" in text
+    assert "0 checks passed, 0 failed, 38 not run" in text
+
+
+def test_a_tap_of_which_a_part_was_not_run_carries_a_star():
+    text = printed(samples.passing_run())
+
+    assert "pass*" in row_of(text, "logits")
+    assert "not run *" in text
+    assert "decode of the longest prompt needs 4 GiB" in text
+
+
+def test_colour_adds_nothing_that_words_do_not_say():
+    plain = printed(samples.failing_run())
+    coloured = printed(samples.failing_run(), colour=True)
+
+    assert "\x1b[" in coloured
+    assert "\x1b" not in plain
+    assert Text.from_ansi(coloured).plain.split() == plain.split()
+
+
+def test_the_report_fits_its_width():
+    text = printed(samples.failing_run())
+
+    table = text[: text.index("not run *")].splitlines()
+
+    assert max(len(line) for line in table) == WIDTH
+    assert not any(line.endswith(" ") for line in table)
+
+
+def test_text_from_a_prompt_cannot_steer_the_terminal():
+    run = samples.failing_run()
+    run["first_failure"]["message"] = "bell \x07, clear \x1b[2J, [bold]markup[/bold], \u202egnp"
+
+    text = printed(run)
+
+    assert not {"\x07", "\x1b", "\u202e"} & set(text)
+    assert "[bold]markup[/bold]" in text
+
+
+def test_progress_in_a_log_is_a_line_at_the_start_and_one_at_the_end():
+    out = io.StringIO()
+    console = Console(file=out, width=WIDTH)
+
+    with ProgressReport(console) as progress:
+        for done in range(1, 101):
+            progress(done, 100, "layer [7]")
+
+    assert out.getvalue().splitlines() == ["    1/100  layer [7]", "  100/100  layer [7]"]
+
+
+def test_progress_on_a_terminal_is_a_bar_that_leaves_nothing_behind():
+    out = io.StringIO()
+    console = Console(file=out, width=WIDTH, force_terminal=True, force_interactive=True)
+
+    with ProgressReport(console) as progress:
+        progress(3, 10, "len-17")
+
+    assert "len-17" in out.getvalue()
+    assert "3/10" in out.getvalue().replace(" ", "")

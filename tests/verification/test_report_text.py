@@ -1,0 +1,62 @@
+import pytest
+
+from tests.verification import samples
+from verification.report_text import count, merged, ratio, rerun_command
+
+
+def test_the_command_names_the_device_where_it_is_not_the_default():
+    run = samples.failing_run()
+    run["engine"]["device"] = "cuda"
+
+    assert "--device cuda" in rerun_command(run)
+
+
+def test_the_worst_of_prefill_and_decode_decides_a_row():
+    rows = [
+        {**row, "max_ratio": ratio_, "status": status}
+        for row, ratio_, status in zip(
+            samples.passing_run()["summary"][:2], (0.3, 7.0), ("pass", "fail"), strict=True
+        )
+    ]
+
+    both = merged(rows)
+
+    assert (both["status"], both["max_ratio"], both["values"]) == (
+        "fail",
+        7.0,
+        rows[0]["values"] + rows[1]["values"],
+    )
+
+
+def test_a_nan_is_worse_than_any_number():
+    rows = [dict(samples.passing_run()["summary"][0]) for _ in range(2)]
+    rows[0]["max_ratio"], rows[1]["max_ratio"] = float("nan"), 3.0
+
+    assert ratio(merged(rows)["max_ratio"]) == "nan"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, "–"), (0, "0"), (9999, "9999"), (10_000, "10.0 k"), (46_700_000, "46.7 M")],
+)
+def test_counts_are_short(value, shown: str):
+    assert count(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "–"),
+        (0.0, "0.000"),
+        (0.99949, "0.999"),
+        (9.9, "9.900"),
+        (412.0, "412.0"),
+        (9999.4, "9999"),
+        (12345.0, "1e4"),
+        (float("inf"), "inf"),
+        (1e308, "inf"),  # as verify.json writes it
+        (float("nan"), "nan"),
+    ],
+)
+def test_ratios_are_short(value, shown: str):
+    assert ratio(value) == shown

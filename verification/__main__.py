@@ -1,0 +1,173 @@
+"""The command `python -m verification`: one run, one table, verify.json and verify.html.
+
+Knows the command line and where files go; knows nothing of how anything is verified. Exit status: 0
+the verdict is pass, 1 it is not or something refused, 2 the command was wrong.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+import transformers
+from rich.console import Console
+from rich.text import Text
+
+from engine.config import ModelConfig
+from engine.errors import EngineError, InvalidArgument
+from engine.models import model_names, resolve
+from verification.golden_check import check_goldens
+from verification.goldens import GoldenVerdict
+from verification.harness import verify
+from verification.oracle import OracleError
+from verification.plan import Options
+from verification.prompts import decoder_for, default_selection, prompts_for
+from verification.report_html import write_html
+from verification.report_terminal import WIDTH, ProgressReport, print_report
+from verification.report_text import plain
+from verification.selection import GRADES, Selection
+from verification.taps import OPERATIONS, RESULT_ORDER
+
+DEFAULT_MODEL = "smollm2-135m"
+DEVICES = ("cpu", "cuda")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; a wrong word is refused with the option's name and its legal values."""
+    parser = argparse.ArgumentParser(
+        prog="python -m verification",
+        description="Compares every operator of every layer with Hugging Face transformers.",
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        default=DEFAULT_MODEL,
+        type=_model,
+        help=f"{', '.join(model_names())}, a directory or a hub id (default: %(default)s)",
+    )
+    add("--device", default="cpu", choices=DEVICES, help="where the engine runs (default: cpu)")
+    add("--prompts", metavar="IDS", help="all, quick, or prompt ids with commas")
+    add("--taps", metavar="TAPS", type=_names(RESULT_ORDER), help=", ".join(RESULT_ORDER))
+    add("--layers", metavar="LAYERS", type=parse_layers, help="for example 0,3-5")
+    add("--op", metavar="OPS", type=_names(OPERATIONS), help=", ".join(OPERATIONS))
+    add("--grade", metavar="GRADES", type=_names(GRADES), help=", ".join(GRADES))
+    add("--html", type=Path, default=Path("verify.html"), help="default: %(default)s")
+    add("--json", type=Path, default=Path("verify.json"), help="default: %(default)s")
+    return parser
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Layer numbers from "0,3-5", ascending, each once."""
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise argparse.ArgumentTypeError(
+                f"{part.strip()!r} is no layer; legal: numbers and ranges, such as 0,3-5"
+            )
+        if dash and int(last) < int(first):
+            raise argparse.ArgumentTypeError(f"range {part.strip()!r} ends before it begins")
+        layers.update(range(int(first), int(last if dash else first) + 1))
+    return tuple(sorted(layers))
+
+
+def _names(legal: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+    """A parser of names with commas between, each one of `legal`."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        words = tuple(word.strip() for word in text.split(","))
+        for word in words:
+            if word not in legal:
+                raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(legal)}")
+        return words
+
+    return parse
+
+
+def _model(text: str) -> str:
+    """A name that could be a model; whether a path or hub id holds one shows later."""
+    if text not in model_names() and "/" not in text and not Path(text).exists():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of {', '.join(model_names())}, no directory and no hub id org/name"
+        )
+    return text
+
+
+def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
+    """The whole command.
+
+    Returns:
+        0 if the verdict is pass, 1 if it is not or something refused. Wrong use raises
+        SystemExit(2).
+    """
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    transformers.utils.logging.disable_progress_bar()  # the progress shown is our own
+    console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
+    try:
+        results = run(parser, options, console)
+    except (EngineError, OracleError, OSError) as error:
+        console.print(Text(f"error: {plain(error)}"), soft_wrap=True)
+        return 1
+    print_report(results, console)
+    options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_html(results, options.html)
+    console.print(Text(f"  {options.json}, {options.html}"), soft_wrap=True)
+    return 0 if results["verdict"] == "pass" else 1
+
+
+def run(parser: argparse.ArgumentParser, options: argparse.Namespace, console: Console) -> dict:
+    """Verifies as the command line says; verify.json as a dict."""
+    with ProgressReport(console) as progress:
+        directory = resolve(options.model, lambda what, done, total: progress(done, total, what))
+        config = ModelConfig.from_directory(directory)
+        _check_layers(parser, options.layers, config.num_layers)
+        name = _model_name(options.model)
+        wanted = options.prompts or default_selection(name)
+        try:
+            prompts = prompts_for(name, directory, config.vocab_size, wanted)
+        except InvalidArgument as error:
+            parser.error(f"argument --prompts: {error}")
+        selection = Selection(*map(_set, (options.taps, options.layers, options.op, options.grade)))
+        results = verify(
+            directory,
+            [(prompt.id, prompt.token_ids) for prompt in prompts],
+            Options(device=options.device, selection=selection),
+            progress,
+            name=name,
+            decode_text=decoder_for(directory),
+        ).to_json()
+        if selection.is_everything:
+            weights = results["model"]["weights_sha256"]
+            found = check_goldens(name, directory, prompts, weights, options.device, progress)
+        else:
+            found = GoldenVerdict("not run", "only a selection was verified")
+    return with_goldens(results, found)
+
+
+def with_goldens(results: dict, found: GoldenVerdict) -> dict:
+    """The results with the goldens' verdict in them; a failed one fails the whole."""
+    verdict = "fail" if found.status == "fail" else results["verdict"]
+    return {**results, "goldens": found.to_json(), "verdict": verdict}
+
+
+def _check_layers(
+    parser: argparse.ArgumentParser, layers: tuple[int, ...] | None, num_layers: int
+) -> None:
+    if layers and layers[-1] >= num_layers:
+        last = num_layers - 1
+        parser.error(f"argument --layers: no layer {layers[-1]}; this model has 0 to {last}")
+
+
+def _model_name(text: str) -> str:
+    """What a report calls a model: its name, or the last part of its path or hub id."""
+    return text if text in model_names() else Path(text).resolve().name
+
+
+def _set(names: tuple | None) -> frozenset | None:
+    return None if names is None else frozenset(names)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Grades the operations of passes, layer by layer, and judges what is pooled over all prompts.
+
+Keeps cells, ULP histograms and the counts of differing values of a run; knows nothing of how the
+engine was run, of single operations (`layer_grader`) or of whole models.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Collection
+
+from engine.config import ModelConfig
+from verification import compare
+from verification.expected import LayerTruth, RopeRows
+from verification.layer_grader import LayerGrader, Pool, PoolKey
+from verification.localise import Finding, Findings
+from verification.oracle import Reference
+from verification.passes import Pass
+from verification.results import Cell, no_histogram
+from verification.workers import in_order
+
+
+class OperatorGrader:
+    """Grades passes; hold one for a whole run, then ask it for `finish`.
+
+    Args:
+        reference: the bfloat16 transformers model.
+        config: the engine's view of the model.
+        rope: cos and sin of every position that occurs.
+        findings: where failures go.
+        wants: (tap, layer) -> whether it is to be graded.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        config: ModelConfig,
+        rope: RopeRows,
+        findings: Findings,
+        wants: Callable[[str, int], bool],
+    ) -> None:
+        self._reference = reference
+        self._config = config
+        self._rope = rope
+        self._findings = findings
+        self._wants = wants
+        self._pools: dict[PoolKey, Pool] = defaultdict(Pool)
+        self.cells: list[Cell] = []
+        self.histograms: dict[str, list[int]] = defaultdict(no_histogram)
+
+    def grade(self, runs: Collection[Pass], says: Callable[[int], None]) -> None:
+        """Grades all layers of some passes.
+
+        Args:
+            says: told the layer after each one.
+        """
+
+        def work(layer: int) -> LayerGrader:
+            truth = LayerTruth(self._reference, self._config, layer, self._rope)
+            grader = LayerGrader(self._reference, self._config, truth, layer, self._wants)
+            grader.grade(runs)
+            return grader
+
+        for layer, graded in enumerate(in_order(work, range(self._config.num_layers))):
+            self.cells += graded.cells
+            for finding in graded.findings:
+                self._findings.add(finding)
+            for key, pool in graded.pools.items():
+                self._pools[key].add(pool)
+            for tap, counts in graded.histograms.items():
+                total = self.histograms[tap]
+                total[:] = [a + b for a, b in zip(total, counts, strict=True)]
+            says(layer)
+
+    def finish(self) -> None:
+        """Judges what is pooled over all prompts: the share of differing values."""
+        for (mode, phase, tap, layer), pool in self._pools.items():
+            for count, other in (
+                (pool.differing, "the replay"),
+                (pool.from_reference, "transformers"),
+            ):
+                verdict = compare.judge_replayed(
+                    count, pool.values, 0, f"{other}, all prompts together"
+                )
+                if not verdict.passed:
+                    finding = Finding(mode, phase, None, layer, tap, "exact", verdict)
+                    self._findings.add(finding)

@@ -1,0 +1,22 @@
+"""Draws a verification as one HTML page that needs nothing else: no script, no font, no address.
+
+Knows verify.json; knows nothing of models or tolerances, and decides no verdict. One file per
+figure; `page` puts them together. Invariant: every string of the results passes through
+`markup.escape`.
+"""
+
+from pathlib import Path
+
+from verification.report_html.page import render
+
+__all__ = ["render", "write_html"]
+
+
+def write_html(results: dict, path: Path) -> None:
+    """Writes the page of one run.
+
+    Args:
+        results: verify.json as a dict.
+        path: the file; an old one is replaced.
+    """
+    path.write_text(render(results), encoding="utf-8")

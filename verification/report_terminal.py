@@ -1,0 +1,275 @@
+"""Shows a verification on a terminal or in a plain log: progress, a table, one verdict line.
+
+Knows verify.json and a width of 100 columns; knows nothing of models or tolerances, and decides no
+verdict.
+Invariant: everything said in colour is also said in words, so a log without colour loses nothing.
+"""
+
+import time
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from verification.report_text import (
+    count,
+    forward_order,
+    full,
+    largest,
+    merged,
+    plain,
+    ratio,
+    rerun_command,
+)
+
+WIDTH = 100  # columns; the table below fills exactly these
+STYLES = {"pass": "green", "fail": "bold red", "not run": "yellow", "tie": "yellow"}
+SECONDS_BETWEEN_LINES = 10.0  # without a terminal: one line of progress at most so often
+
+
+class ProgressReport:
+    """Progress of a run: a bar on a terminal, a line now and then elsewhere.
+
+    Call it with (done, total, what); it is a context manager.
+    """
+
+    def __init__(self, console: Console) -> None:
+        """Args: console: where to show; its is_terminal decides between bar and lines."""
+        self._console = console
+        self._bar: Progress | None = None
+        self._task = None
+        self._next_line = 0.0
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description:<32.32}", markup=False),
+                BarColumn(bar_width=36, complete_style="cyan", finished_style="cyan"),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                console=console,
+                transient=True,
+            )
+
+    def __enter__(self) -> "ProgressReport":
+        """Starts the bar."""
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task("loading", total=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Takes the bar away, so that the table follows on a clean screen."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        """Shows that `done` of `total` steps are done and `what` is under way."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total, description=plain(what))
+        elif (now := time.monotonic()) >= self._next_line or done == total:
+            self._next_line = now + SECONDS_BETWEEN_LINES
+            self._console.print(f"{done:>5}/{total}  {plain(what)}", markup=False, highlight=False)
+
+
+def print_report(results: dict, console: Console) -> None:
+    """Prints one run: heading, table, what else was compared, the first failure, the verdict.
+
+    Args:
+        results: verify.json as a dict.
+        console: made by the caller; lines are cut for WIDTH columns.
+    """
+    lines = [*_heading(results), Text(), *_table(results["summary"]), Text(), *_wholes(results)]
+    lines += _not_run(results)
+    for line in lines:
+        line.rstrip()
+        console.print(line, soft_wrap=True)
+    if results["first_failure"]:
+        console.print()
+        console.print(_failure(results), width=WIDTH)
+    console.print()
+    console.print(_verdict(results), soft_wrap=True)
+    if results["first_failure"]:
+        console.print(
+            f"  again, this alone:  {rerun_command(results)}", markup=False, soft_wrap=True
+        )
+
+
+def _heading(results: dict) -> list[Text]:
+    model, engine, versions = results["model"], results["engine"], results["versions"]
+    config = model["config"]
+    shape = f"{config.get('num_layers', '?')} layers, width {config.get('hidden_size', '?')}"
+    against = f"transformers {versions['transformers']}, torch {versions['torch']}"
+    title = Text()
+    title.append("Touchstone", style="bold")
+    title.append(f"  {plain(model['name'])} on {engine['device']}", style="bold cyan")
+    title.append(f"  against {against}")
+    detail = (
+        f"{shape}, weights {model['weights_sha256'][:12]}, numerics {engine['numerics_version']}"
+    )
+    return [title, Text(plain(detail), style="dim")]
+
+
+def _table(summary: list[dict]) -> list[Text]:
+    """The two halves side by side: operator by operator, and the whole model running free."""
+    head = Text()
+    head.append(f"{'':14}  {'one operator, reference input (local)':^54}", style="bold")
+    head.append(f"  {'whole model (accumulated)':>26}", style="bold")
+    names = (
+        f"{'tap':<14}  {'grade':<7} {'values':>7} {'differing':>9} {'ulp':>4} {'err÷budget':>10}"
+        f" {'z':>5}  {'verdict':<7} {'values':>7} {'err÷budget':>10}  {'verdict':<7}"
+    )
+    lines = [head, Text(names, style="dim"), Text("─" * WIDTH, style="dim")]
+    for tap in forward_order(summary):
+        rows = {
+            mode: merged([r for r in summary if r["tap"] == tap and r["mode"] == mode])
+            for mode in ("local", "accumulated")
+        }
+        lines.append(_table_line(tap, rows["local"], rows["accumulated"]))
+    return [*lines, Text("─" * WIDTH, style="dim")]
+
+
+def _table_line(tap: str, local: dict | None, whole: dict | None) -> Text:
+    line = Text(f"{plain(tap):<14.14}  ")
+    if local and "grade" in local:
+        line.append(f"{local['grade']:<7.7} {count(local['values']):>7} ")
+        line.append(f"{count(local['differing']):>9} {_ulp(local['max_ulp']):>4} ")
+        line.append(f"{ratio(local['max_ratio']):>10} {_z(local['max_z']):>5}  ")
+    else:
+        line.append(f"{'–':<7} {'–':>7} {'–':>9} {'–':>4} {'–':>10} {'–':>5}  ")
+    _append_status(line, local)
+    if whole and "grade" in whole:
+        line.append(f" {count(whole['values']):>7} {ratio(whole['max_ratio']):>10}  ")
+    else:
+        line.append(f" {'–':>7} {'–':>10}  ")
+    _append_status(line, whole)
+    return line
+
+
+def _append_status(line: Text, row: dict | None) -> None:
+    """The verdict; a star tells that a part was not run and is listed below."""
+    status = row["status"] if row else "–"
+    star = "*" if row and row.get("partial") else ""
+    line.append(f"{_word(status) + star:<7}", style=STYLES.get(status, "dim"))
+
+
+def _word(status: str) -> str:
+    """The one word that must not be overlooked is in capitals."""
+    return "FAIL" if status == "fail" else status
+
+
+def _wholes(results: dict) -> list[Text]:
+    """One line each for what is compared beyond single taps."""
+    lines = []
+    growth = results["residual_growth"]
+    steps = [
+        (ours / theirs, layer)
+        for layer, ours, theirs in zip(
+            growth["layers"], growth["engine"], growth["yardstick"], strict=True
+        )
+        if theirs
+    ]
+    if steps:
+        worst, layer = max(steps)
+        rows = [r for r in results["summary"] if r["tap"] == "mlp_residual"]
+        row = merged([r for r in rows if r["mode"] == "accumulated"])
+        text = f"{len(steps)} compared; error at most {ratio(worst)} × yardstick, layer {layer}"
+        lines.append(_line("layers", text, row["status"] if row else "not run"))
+    if results["logits"]:
+        num_prompts = sum(row["prompt"] != "all prompts" for row in results["logits"])
+        worst_of = {
+            key: ratio(largest(row[key] for row in results["logits"]))
+            for key in ("centred_ratio", "kl_mean_ratio", "kl_max_ratio")
+        }
+        text = (
+            f"{num_prompts} prompts; error at most {worst_of['centred_ratio']} × "
+            f"yardstick, KL mean {worst_of['kl_mean_ratio']}, KL max {worst_of['kl_max_ratio']}"
+        )
+        lines.append(_line("logits", text, _all(row["status"] for row in results["logits"])))
+    tokens = [token for prompt in results["tokens"] for token in prompt["tokens"]]
+    if tokens:
+        of = {s: sum(token["status"] == s for token in tokens) for s in ("equal", "tie", "fail")}
+        sums = f"{of['equal']} equal, {of['tie']} ties, {of['fail']} wrong"
+        text = f"{len(tokens)} greedy tokens: {sums}"
+        lines.append(_line("tokens", text, "fail" if of["fail"] else "pass"))
+    goldens = results["goldens"]
+    first, *more = (
+        [goldens["reason"], *goldens["details"]] if goldens["reason"] else goldens["details"]
+    )
+    lines.append(_line("goldens", first, goldens["status"]))
+    lines += [_line("", detail, "") for detail in more[:3]]
+    return lines
+
+
+def _line(name: str, text: str, status: str) -> Text:
+    line = Text(f"{name:<14}  {plain(text)[:74]:<74}  ")
+    line.append(_word(status), style=STYLES.get(status, ""))
+    return line
+
+
+def _not_run(results: dict) -> list[Text]:
+    """Each reason once, with what it kept from running."""
+    reasons: dict[str, list[str]] = {}
+    for row in results["summary"]:
+        if row["status"] == "not run":
+            what = f"{row['tap']} ({row['mode']}, {row['phase']})"
+            reasons.setdefault(row["reason"] or "no reason given", []).append(what)
+    lines = []
+    for reason, what in reasons.items():
+        shown = ", ".join(what[:3]) + (f" and {len(what) - 3} more" if len(what) > 3 else "")
+        lines.append(Text(f"{'not run *':<14}  {plain(reason)}: {plain(shown)}", style="yellow"))
+    return lines
+
+
+def _failure(results: dict) -> Panel:
+    f = results["first_failure"]
+    where = ", ".join(
+        f"{name} {f[name]}" for name in ("token", "head", "channel") if f.get(name) is not None
+    )
+    ulps = "" if f.get("ulps") is None else f"{count(f['ulps'])} ULP apart"
+    budget = "" if f.get("budget") is None else f"budget {f['budget']:.6g}"
+    layer = "" if f.get("layer") is None else f", layer {f['layer']}"
+    rows = (
+        ("operator", f["operator"]),
+        ("tap", f"{f['tap']}{layer}  ({f['mode']}, {f['phase']}, grade {f['grade']})"),
+        ("reference", f.get("hf_module")),
+        ("engine", " in ".join(str(f[k]) for k in ("c_function", "file") if f.get(k))),
+        ("prompt", f"{f['prompt'] or 'all, pooled'}   {where}"),
+        ("got", f"{full(f.get('got'))}   expected {full(f.get('expected'))}"),
+        ("error", "   ".join(part for part in (ulps, budget) if part)),
+        ("", f.get("message")),
+    )
+    grid = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        if value:
+            style = "bold red" if name == "operator" else ""
+            grid.add_row(Text(name, style="dim"), Text(plain(value), style=style))
+    return Panel(grid, title="first failure", title_align="left", border_style="red")
+
+
+def _verdict(results: dict) -> Text:
+    status = [row["status"] for row in results["summary"]] + [results["goldens"]["status"]]
+    values = sum(row["values"] for row in results["summary"])
+    word = "PASS" if results["verdict"] == "pass" else "FAIL"
+    line = Text(f" {word} ", style="bold white on green" if word == "PASS" else "bold white on red")
+    line.append(
+        f"  {status.count('pass')} checks passed, {status.count('fail')} failed, "
+        f"{status.count('not run')} not run; {count(values)} values in {results['seconds']:.1f} s"
+    )
+    return line
+
+
+def _ulp(value: int | None) -> str:
+    if value is None or value < 10_000:
+        return "–" if value is None else str(value)
+    return f"{value:.0e}".replace("e+0", "e")
+
+
+def _z(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}" if abs(value) < 1000 else f"{value:.0e}"
+
+
+def _all(statuses: Iterable[str]) -> str:
+    present = set(statuses)
+    return "fail" if "fail" in present else "pass" if "pass" in present else "not run"

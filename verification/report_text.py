@@ -1,0 +1,94 @@
+"""Words and numbers as both reports show them, and one tap's rows as one.
+
+Knows rows of verify.json; knows nothing of terminals or pages.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+
+from verification.selection import IN_NO_LAYER
+
+INFINITE = 1e300  # JSON has no infinity: verify.json writes 1e308
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def plain(text: object) -> str:
+    """Text without control characters, so that a prompt cannot steer the terminal."""
+    return _CONTROL.sub("�", str(text))
+
+
+def rerun_command(results: dict) -> str:
+    """The command that runs only what failed first."""
+    failure = results["first_failure"]
+    words = ["python -m verification", f"--model {plain(results['model']['name'])}"]
+    if results["engine"]["device"] != "cpu":
+        words.append(f"--device {plain(results['engine']['device'])}")
+    for option, field in (("prompts", "prompt"), ("layers", "layer"), ("taps", "tap")):
+        is_no_layer = field == "layer" and failure["tap"] in IN_NO_LAYER
+        if failure.get(field) is not None and not is_no_layer:
+            words.append(f"--{option} {plain(failure[field])}")
+    return " ".join(words)
+
+
+def forward_order(summary: Iterable[dict]) -> list[str]:
+    """The taps of a summary in the order of the forward pass, which is the order of its rows."""
+    return list(dict.fromkeys(row["tap"] for row in summary))
+
+
+def merged(rows: list[dict]) -> dict | None:
+    """One tap's rows of one mode (prefill, decode) as one: counts added, the worst of the rest.
+
+    A row that was not run adds nothing but `partial`; it has its own line below the table.
+    """
+    run = [row for row in rows if row["status"] != "not run"]
+    if not run:
+        return {"status": "not run"} if rows else None
+    return {
+        "grade": run[0]["grade"],
+        "values": sum(row["values"] for row in run),
+        "differing": summed(row["differing"] for row in run),
+        **{key: largest(row[key] for row in run) for key in ("max_ulp", "max_ratio", "max_z")},
+        "status": "fail" if any(row["status"] == "fail" for row in run) else "pass",
+        "partial": len(run) < len(rows),
+    }
+
+
+def count(value: int | None) -> str:
+    """A count in at most seven characters: 1 234, 46.7 k, 12.3 M."""
+    if value is None:
+        return "–"
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size * (10 if unit == "k" else 1):
+            return f"{value / size:.1f} {unit}"
+    return str(value)
+
+
+def ratio(value: float | None) -> str:
+    """A ratio in at most six characters; over 9999 as a power of ten."""
+    if value is None:
+        return "–"
+    if math.isnan(value) or value >= INFINITE:
+        return "nan" if math.isnan(value) else "inf"
+    if value >= 9999.5:
+        return f"{value:.0e}".replace("e+0", "e")
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
+def full(value: float | None) -> str:
+    """A value with all the digits that tell one float32 from the next."""
+    return "–" if value is None else f"{value:.9g}"
+
+
+def largest(values: Iterable[float | None]) -> float | None:
+    """The largest in size; a NaN is worse than any number, None means nothing was measured."""
+    present = [value for value in values if value is not None]
+    if any(math.isnan(value) for value in present):
+        return math.nan
+    return max(present, key=abs, default=None)
+
+
+def summed(values: Iterable[int | None]) -> int | None:
+    """The sum of what was counted; None if nothing was."""
+    present = [value for value in values if value is not None]
+    return sum(present) if present else None

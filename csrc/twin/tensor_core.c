@@ -14,7 +14,8 @@ enum {
     BF16_BIAS = 127,
     ZERO = -1000,       // stands for the exponent of zero: a product that is zero has no say in the largest
     NOT_FINITE = 3000,  // stands for the exponent of NaN and infinity, beside a zero too
-    NOT_FINITE_PRODUCT = 1000,  // from this sum of two on, one is NOT_FINITE: the step takes the specification
+    NOT_FINITE_PRODUCT =
+        1000,  // from this sum of two on, one is NOT_FINITE: the step takes the specification
     // The fast route works in float32 and int32. With e the unbiased largest exponent, e + 2 * BF16_BIAS
     // must lie in this range: then no product overflows or loses a kept bit to underflow, and 2^(25 - e) is
     // normal.
@@ -101,21 +102,46 @@ float tensor_core_step(float c, const bf16 *a, const bf16 *b) {
     return cut_to_float(sum, largest - FRACTION_BITS);
 }
 
-void tensor_core_decode(float *value, int32_t *exponent, const bf16 *x, int n) {
+// Values and biased exponents, without a branch so that compilers take eight at a time.
+static inline __attribute__((always_inline)) void decode_values(float *value, int32_t *exponent,
+                                                                const bf16 *x, int n) {
     for (int i = 0; i < n; i++) {
-        value[i] = bf16_to_float(x[i]);
-        exponent[i] = biased_exponent(x[i]);
+        uint32_t bits = (uint32_t)x[i] << 16;
+        int32_t biased = (int32_t)(bits >> 23) & 0xff;
+        biased = biased == 0xff ? NOT_FINITE : biased;
+        biased = biased == 0 ? 1 : biased;
+        exponent[i] = (bits & 0x7fffffffu) == 0 ? ZERO : biased;
+        memcpy(&value[i], &bits, sizeof bits);
     }
 }
 
-void tensor_core_decode_panel(Panel *panel, const bf16 *packed, int k_stride, int lane_stride) {
-    for (int k = 0; k < NUMERICS_STEP; k++) {
-        for (int lane = 0; lane < PANEL_LANES; lane++) {
-            bf16 x = packed[(size_t)k * k_stride + (size_t)lane * lane_stride];
-            panel->value[k][lane] = bf16_to_float(x);
-            panel->exponent[k][lane] = biased_exponent(x);
-        }
+#if defined(__x86_64__)
+__attribute__((target("avx2"))) static void decode_values_avx2(float *value, int32_t *exponent,
+                                                               const bf16 *x, int n) {
+    decode_values(value, exponent, x, n);
+}
+#endif
+
+void tensor_core_decode(float *value, int32_t *exponent, const bf16 *x, int n) {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx2")) {
+        decode_values_avx2(value, exponent, x, n);
+        return;
     }
+#endif
+    decode_values(value, exponent, x, n);
+}
+
+void tensor_core_decode_panel(Panel *panel, const bf16 *packed, int k_stride, int lane_stride) {
+    const bf16 *lanes = packed;
+    bf16 gathered[NUMERICS_STEP][PANEL_LANES];
+    if (k_stride != PANEL_LANES || lane_stride != 1) {
+        for (int k = 0; k < NUMERICS_STEP; k++)
+            for (int lane = 0; lane < PANEL_LANES; lane++)
+                gathered[k][lane] = packed[(size_t)k * k_stride + (size_t)lane * lane_stride];
+        lanes = &gathered[0][0];
+    }
+    tensor_core_decode(&panel->value[0][0], &panel->exponent[0][0], lanes, NUMERICS_STEP * PANEL_LANES);
 }
 
 // One lane through the specification; the panel holds bf16 values, so taking their upper halves is exact.

@@ -11,9 +11,11 @@ CC     := $(if $(filter default,$(origin CC)),cc,$(CC))
 # a .venv with the pinned ones is made on first use.
 ifeq ($(VENV),system)
 PYTHON := python3
+CLANG_FORMAT := clang-format
 PACKAGES :=
 else
 PYTHON := .venv/bin/python
+CLANG_FORMAT := .venv/bin/clang-format
 PACKAGES := .venv/.installed
 endif
 
@@ -46,7 +48,7 @@ endif
 OBJECTS := $(patsubst csrc/%,build/%.o,$(C_FILES) $(CU_FILES))
 
 .DEFAULT_GOAL := build
-.PHONY: help build verify test golden bench lint format clean cuda-wheel FORCE
+.PHONY: help build verify test mutants golden bench lint format clean cuda-wheel FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -60,6 +62,9 @@ verify: $(LIBRARY) $(PACKAGES)  ## every operator of every layer against transfo
 test: $(LIBRARY) $(PACKAGES)  ## the tests; TIER=fast leaves out the slow ones
 	$(PYTHON) -m pytest $(if $(filter fast,$(TIER)),-m "not slow") $(ARGS)
 
+mutants: $(LIBRARY) $(PACKAGES)  ## plant every fault of the catalogue in turn: all must be found and named
+	$(PYTHON) -m verification.mutants $(ARGS)
+
 golden: $(LIBRARY) $(PACKAGES)  ## record golden/ again; refuses a dirty tree, shows what changed
 	$(PYTHON) -m verification.record $(ARGS)
 
@@ -69,12 +74,12 @@ bench: $(LIBRARY) $(PACKAGES)  ## benchmarks of the operators and of the engine
 lint: $(PACKAGES)  ## ruff and clang-format, checking only
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	find csrc \( -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(PYTHON) -m clang_format --dry-run -Werror
+	find csrc \( -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(CLANG_FORMAT) --dry-run -Werror
 
 format: $(PACKAGES)  ## ruff and clang-format, rewriting
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	find csrc \( -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(PYTHON) -m clang_format -i
+	find csrc \( -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(CLANG_FORMAT) -i
 
 clean:  ## what was built; .venv and the model cache stay
 	rm -rf build engine/libengine.so verify.json verify.html

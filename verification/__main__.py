@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
         console.print(Text(f"error: {plain(error)}"), soft_wrap=True)
         return 1
     print_report(results, console)
-    options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    options.json.write_text(json_text(results), encoding="utf-8")
     write_html(results, options.html)
     console.print(Text(f"  {options.json}, {options.html}"), soft_wrap=True)
     return 0 if results["verdict"] == "pass" else 1
@@ -144,6 +144,17 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, console: C
         else:
             found = GoldenVerdict("not run", "only a selection was verified")
     return with_goldens(results, found)
+
+
+def json_text(results: dict) -> str:
+    """verify.json: one line per part, and one per row of the parts that are lists of rows."""
+    parts = []
+    for key, part in results.items():
+        text = json.dumps(part, allow_nan=False)
+        if isinstance(part, list) and part:
+            text = "[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in part) + "\n]"
+        parts.append(f"{json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def with_goldens(results: dict, found: GoldenVerdict) -> dict:

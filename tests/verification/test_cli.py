@@ -87,6 +87,19 @@ def test_a_passing_run_exits_0_and_leaves_both_files(command, tmp_path: Path):
     assert (tmp_path / "v.html").read_text().startswith("<!DOCTYPE html>")
 
 
+@pytest.mark.parametrize("run", [samples.passing_run, samples.failing_run, samples.not_run])
+def test_the_json_file_holds_the_results_one_row_per_line(run):
+    text = command_line.json_text(run())
+
+    assert json.loads(text) == run()
+    assert text.count("\n") > len(run()["cells"]) + len(run()["summary"])
+
+
+def test_a_number_that_json_does_not_know_is_refused():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        command_line.json_text({**samples.passing_run(), "seconds": float("nan")})
+
+
 def test_a_failed_verdict_exits_1_and_leaves_both_files(command, tmp_path: Path):
     status, text, _ = command(samples.failing_run())
 

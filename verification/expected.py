@@ -126,13 +126,18 @@ class LayerTruth:
 LOGITS_AT_ONCE = 8192  # ids; a whole lm_head in float64 may not fit
 
 
-def expected_logits(reference: Reference, x: Tensor) -> Iterator[tuple[slice, Bounded]]:
-    """Logits of final_norm rows, a slice of the vocabulary at a time, with the ids it covers."""
+def logits_truths(reference: Reference) -> Iterator[tuple[slice, LinearTruth]]:
+    """The lm_head, a slice of the vocabulary at a time, with the ids it covers."""
     weight = reference.weight(POINT["logits"].weight(0))
     for start in range(0, len(weight), LOGITS_AT_ONCE):
         ids = slice(start, min(start + LOGITS_AT_ONCE, len(weight)))
-        (result,) = LinearTruth([weight[ids]])(x)
-        yield ids, Bounded(result.value, _logits_budget(result))
+        yield ids, LinearTruth([weight[ids]])
+
+
+def expected_logits(truth: LinearTruth, x: Tensor) -> Bounded:
+    """Logits of final_norm rows."""
+    (result,) = truth(x)
+    return Bounded(result.value, _logits_budget(result))
 
 
 def _logits_budget(result: LinearExpected) -> Callable[[slice], Tensor]:

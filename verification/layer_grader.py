@@ -9,19 +9,25 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from engine.config import ModelConfig
 from verification import compare, measure
 from verification.compare import Verdict
-from verification.expected import Bounded, LayerTruth, expected_logits
+from verification.elements import (
+    num_differing,
+    position_of,
+    segment_of,
+    shifted,
+    worst_element,
+    worst_of_channel,
+)
+from verification.expected import Bounded, LayerTruth, expected_logits, logits_truths
 from verification.localise import Finding
 from verification.measure import Element, Measured
 from verification.oracle import Reference
 from verification.passes import LOCAL, Pass, Segment
 from verification.replay import Replayed
 from verification.results import Cell, no_histogram
-from verification.rounding import same_bits
 from verification.taps import LAYER_POINTS, POINT, Point
 
 COPIES = ("embedding", "residual_add")  # no rounding is open: every bit must agree
@@ -79,8 +85,7 @@ class LayerGrader:
                 if self._wants(point.name, place):
                     self._grade_point(point, place, run)
         if self._is_last and self._wants("logits", 0):
-            for run in runs:
-                self._grade_logits(run)
+            self._grade_logits(runs)
 
     def _grade_point(self, point: Point, layer: int, run: Pass) -> None:
         key = (point.name, layer)
@@ -95,18 +100,17 @@ class LayerGrader:
         self._add_histogram(point.name, run, measured)
         for segment in run.segments:
             rows = segment.rows_of(point.name)
-            if rows.stop == rows.start:
-                continue
             verdict, numbers = self._judge(point, layer, run, expected, measured, rows)
             self._add_cell(point, layer, run, segment, verdict, numbers)
             if not verdict.passed:
-                element = _worst(expected, got, run, key, rows)
-                self._report(point, layer, run, segment, verdict, element)
-        if measured.z_column is not None:
+                element = worst_element(expected, got, run, key, _guilty(measured, rows))
+                self._report(point, layer, run, verdict, element)
+        if isinstance(expected, Bounded):
             channel = int(measured.z_column.argmax())
             verdict = compare.judge_columns(float(measured.z_column[channel]), channel)
             if not verdict.passed:
-                self._report(point, layer, run, None, verdict, None)
+                element = worst_of_channel(expected, got, channel)
+                self._report(point, layer, run, verdict, element)
 
     def _judge(
         self,
@@ -122,7 +126,7 @@ class LayerGrader:
         values = got.numel()
         differing = int(measured.differing[rows].sum())
         max_ulp = int(measured.max_ulp[rows].max())
-        from_twin = None if run.twin is None else _differing(got, run.twin[key][rows])
+        from_twin = None if run.twin is None else num_differing(got, run.twin[key][rows])
         ratio = z = None
         if isinstance(expected, Bounded):
             ratio = float(measured.ratio[rows].max())
@@ -133,7 +137,7 @@ class LayerGrader:
         else:
             from_reference = differing
             if run.reference is not None:
-                from_reference = _differing(got, run.reference[key][rows])
+                from_reference = num_differing(got, run.reference[key][rows])
             verdict = self._judge_exact(point, expected, values, differing, from_reference, max_ulp)
             if point.operation not in COPIES:
                 key = (run.mode, run.phase, point.name, layer)
@@ -165,38 +169,46 @@ class LayerGrader:
             as_replay = compare.judge_replayed(differing, values, max_ulp, "the replay")
         return compare.first_failure(as_replay, as_reference)
 
-    def _grade_logits(self, run: Pass) -> None:
-        point, got = POINT["logits"], run.outputs["logits", 0]
-        ratio = torch.zeros(len(got))
-        worst: dict[int, tuple[float, Element]] = {}  # segment -> its worst failing element
-        for ids, expected in expected_logits(self._reference, run.inputs["final_norm", 0]):
-            part = got[:, ids]
-            measured = measure.bounded(expected.value, expected.budget, part, is_signed=False)
-            ratio = torch.maximum(ratio, measured.ratio)
+    def _grade_logits(self, runs: Collection[Pass]) -> None:
+        """All passes at once, so that each slice of the lm_head is upcast once."""
+        ratios = [torch.zeros(len(run.outputs["logits", 0])) for run in runs]
+        worst: dict[tuple[int, int], tuple[float, Element]] = {}  # (run, segment) -> ratio, where
+        for ids, truth in logits_truths(self._reference):
+            for number, run in enumerate(runs):
+                expected = expected_logits(truth, run.inputs["final_norm", 0])
+                part = run.outputs["logits", 0][:, ids]
+                measured = measure.bounded(expected.value, expected.budget, part, is_signed=False)
+                ratios[number] = torch.maximum(ratios[number], measured.ratio)
+                for index, segment in enumerate(run.segments):
+                    rows = segment.logit_rows
+                    largest = float(measured.ratio[rows].max())
+                    known = worst.get((number, index), (compare.MAX_RATIO, None))[0]
+                    if not largest <= known:
+                        budget = expected.budget(rows)
+                        element = measure.worst_bounded(expected.value, budget, part, rows)
+                        worst[number, index] = (largest, shifted(element, ids.start))
+        for number, run in enumerate(runs):
             for index, segment in enumerate(run.segments):
-                rows = segment.logit_rows
-                largest = float(measured.ratio[rows].max()) if rows.stop > rows.start else 0.0
-                if not largest <= max(compare.MAX_RATIO, worst.get(index, (0.0, None))[0]):
-                    budget = expected.budget(rows)
-                    element = measure.worst_bounded(expected.value, budget, part, rows)
-                    worst[index] = (largest, _shifted(element, ids.start))
-        for index, segment in enumerate(run.segments):
-            rows = segment.logit_rows
-            if rows.stop == rows.start:
-                continue
-            largest = float(ratio[rows].max())
-            verdict, differing = compare.judge_bounded(largest), None
-            if run.twin is not None:
-                differing = _differing(got[rows], run.twin["logits", 0][rows])
-                bits = compare.judge_bits(differing, got[rows].numel(), OTHER_BITS)
-                verdict = compare.first_failure(verdict, bits)
-            numbers = Numbers(largest, differing, got[rows].numel(), None, None)
-            self._add_cell(point, 0, run, segment, verdict, numbers)
-            if not verdict.passed:
-                element = worst[index][1] if index in worst else None
-                if element is None and run.twin is not None:
-                    element = measure.worst_replayed(run.twin["logits", 0], got, rows)
-                self._report(point, 0, run, segment, verdict, element)
+                ratio = float(ratios[number][segment.logit_rows].max())
+                _, element = worst.get((number, index), (0.0, None))
+                self._judge_logits(run, segment, ratio, element)
+
+    def _judge_logits(
+        self, run: Pass, segment: Segment, ratio: float, element: Element | None
+    ) -> None:
+        rows, got = segment.logit_rows, run.outputs["logits", 0]
+        values = got[rows].numel()
+        verdict, differing = compare.judge_bounded(ratio), None
+        if run.twin is not None:
+            differing = num_differing(got[rows], run.twin["logits", 0][rows])
+            bits = compare.judge_bits(differing, values, OTHER_BITS)
+            verdict = compare.first_failure(verdict, bits)
+        numbers = Numbers(ratio, differing, values, None, None)
+        self._add_cell(POINT["logits"], 0, run, segment, verdict, numbers)
+        if not verdict.passed:
+            if element is None:  # within every budget: it is the bits of prefill that are missed
+                element = measure.worst_replayed(run.twin["logits", 0], got, rows)
+            self._report(POINT["logits"], 0, run, verdict, element)
 
     def _add_histogram(self, tap: str, run: Pass, measured: Measured) -> None:
         """Adds to the histogram, which is that of the main stage: known inputs."""
@@ -233,25 +245,21 @@ class LayerGrader:
         )
 
     def _report(
-        self,
-        point: Point,
-        layer: int,
-        run: Pass,
-        segment: Segment | None,
-        verdict: Verdict,
-        element: Element | None,
+        self, point: Point, layer: int, run: Pass, verdict: Verdict, element: Element
     ) -> None:
+        prompt = segment_of(run, point.name, element.row).prompt
+        position = position_of(run, point.name, element.row)
         self.findings.append(
             Finding(
                 run.mode,
                 run.phase,
-                segment.prompt if segment else None,
+                prompt,
                 layer,
                 point.name,
                 point.grade,
                 verdict,
                 element,
-                _position(run, segment, element, point),
+                position,
             )
         )
 
@@ -267,46 +275,10 @@ class Numbers:
     max_ulp: int | None
 
 
-def _differing(got: Tensor, other: Tensor) -> int:
-    return int((~same_bits(got, other)).sum())
-
-
-def _shifted(element: Element, columns: int) -> Element:
-    return Element(
-        element.row,
-        element.column + columns,
-        element.got,
-        element.expected,
-        element.ulps,
-        element.budget,
-    )
-
-
-def _worst(
-    expected: Replayed | Bounded, got: Tensor, run: Pass, key: tuple[str, int], rows: slice
-) -> Element:
-    """The element to show: worst against truth, else against what it should repeat."""
-    if isinstance(expected, Bounded):
-        element = measure.worst_bounded(expected.value, expected.budget(rows), got, rows)
-        is_over = (
-            element.budget is not None and not abs(element.got - element.expected) <= element.budget
-        )
-    else:
-        element = measure.worst_replayed(expected.value, got, rows)
-        is_over = element.ulps != 0
-    if not is_over:
-        for other in (run.reference, run.twin):
-            if other is not None and _differing(got[rows], other[key][rows]):
-                return measure.worst_replayed(other[key], got, rows)
-    return element
-
-
-def _position(
-    run: Pass, segment: Segment | None, element: Element | None, point: Point
-) -> int | None:
-    if segment is None or element is None:
-        return None
-    row = element.row
-    if point.name in ("final_norm", "logits"):
-        row = int(run.logit_rows[row])
-    return int(run.positions[row])
+def _guilty(measured: Measured, rows: slice) -> slice:
+    """The rows to show a value of: that whose errors point one way, if every budget holds."""
+    if measured.z_row is None or not float(measured.ratio[rows].max()) <= compare.MAX_RATIO:
+        return rows
+    row = rows.start + int(measured.z_row[rows].argmax())
+    is_guilty = float(measured.z_row[row]) > compare.MAX_Z_ROW
+    return slice(row, row + 1) if is_guilty else rows

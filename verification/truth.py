@@ -33,8 +33,8 @@ class LinearTruth:
     def __init__(self, weights: Sequence[Tensor]) -> None:
         """Args: weights: bfloat16 [out_features, in_features] each, of one in_features."""
         self.sizes = [len(weight) for weight in weights]
-        together = torch.cat([weight.to(torch.float64) for weight in weights])
-        self._weight = together.T
+        together = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+        self._weight = together.to(torch.float64).T
         self._magnitude = together.abs().to(torch.float32).T
 
     def __call__(self, x: Tensor) -> list[LinearExpected]:

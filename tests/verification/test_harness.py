@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from engine.config import ModelConfig
-from engine.errors import InvalidArgument
 from engine.models import resolve
 from tests.verification.fake_engine import FakeEngine
 from verification.harness import (
@@ -454,26 +453,6 @@ def test_an_engine_that_hides_its_table_is_said_not_to_have_been_run(subject):
     row = next(row for row in results.summary if row.tap == "rope_table")
     assert (row.status, row.values) == ("not run", 0)
     assert row.reason
-
-
-def test_prompts_are_grouped_in_order_and_by_room():
-    config = ModelConfig.from_directory(resolve("toy"))
-    prompts = [(str(n), [1] * n) for n in (5, 4, 8, 1, 20, 2)]
-    groups = plan_groups(prompts, config, Options(group_tokens=10))
-
-    assert [[p.num_tokens for p in group] for group in groups] == [[5, 4], [8, 1], [20], [2]]
-
-
-@pytest.mark.parametrize(
-    "prompts",
-    [[], [("empty", [])], [("twice", [1]), ("twice", [2])], [("long", [1] * 16384)]],
-    ids=["none", "empty", "twice", "too-long"],
-)
-def test_prompts_that_cannot_be_verified_are_refused(prompts):
-    config = ModelConfig.from_directory(resolve("toy"))
-
-    with pytest.raises(InvalidArgument):
-        plan_groups(prompts, config, Options())
 
 
 @pytest.mark.slow

@@ -2,3 +2,8 @@
 
 Only this package and its tests import torch and transformers; the engine never does.
 """
+
+import os
+
+# Before torch is imported: threads that spin while waiting would take the cores from the engine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -9,6 +9,7 @@ from engine.errors import InvalidArgument
 from verification.prompts import (
     PROMPTS_PATH,
     PromptSpec,
+    default_selection,
     load_specs,
     prompts_for,
     select,
@@ -125,3 +126,11 @@ def test_the_prompt_file_ends_in_one_newline_and_is_utf_8():
 
     assert text.endswith("}\n")
     assert not text.endswith("\n\n")
+
+
+def test_the_standard_selection_is_all_but_the_two_longest_walks(tmp_path: Path) -> None:
+    everything = prompts_for("smollm2-135m", tmp_path, 49152, "all")
+    standard = prompts_for("smollm2-135m", tmp_path, 49152, default_selection("smollm2-135m"))
+
+    left_out = {p.id for p in everything} - {p.id for p in standard}
+    assert left_out == {"len-511", "len-512"}

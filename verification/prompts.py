@@ -169,7 +169,8 @@ def prompts_for(
     """The prompts that one model is verified with.
 
     Args:
-        selection: "all", "standard", "quick", or prompt ids with commas between; ids may be any of the file's.
+        selection: "all", "standard", "quick", or prompt ids with commas between; ids may be any of
+            the file's.
         max_seq_len: where given, the longest prompt that the model may take.
 
     Raises:

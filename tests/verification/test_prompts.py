@@ -111,7 +111,7 @@ def test_a_bad_line_is_refused_by_number_and_field(tmp_path: Path, line, named: 
 
 
 def test_an_unknown_prompt_is_refused_with_the_legal_ids():
-    with pytest.raises(InvalidArgument, match="no prompt 'nonsense'; legal: all, quick.*len-17"):
+    with pytest.raises(InvalidArgument, match="'nonsense'; legal: all, standard, quick.*len-17"):
         select(load_specs(), "len-1,nonsense")
 
 

@@ -119,7 +119,32 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
     return policy;
 }
 
-// fence.proxy.async (PTX ISA 9.7.13.4): what this thread wrote to shared memory becomes visible to wgmma.
+// bar (PTX ISA 9.7.13.1): named barriers of part of a thread block; the second form does not wait.
+template <int kBarrier, int kThreads>
+__device__ __forceinline__ void named_barrier_sync() {
+    asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+}
+template <int kBarrier, int kThreads>
+__device__ __forceinline__ void named_barrier_arrive() {
+    asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+}
+
+// Counters in global memory that thread blocks meet at (PTX ISA 8, memory consistency model). The fence is
+// what a release or an acquire needs; __threadfence() would be the slower, sequentially consistent one.
+__device__ __forceinline__ void fence_gpu() {
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+}
+__device__ __forceinline__ void add_relaxed(unsigned *counter, unsigned value) {
+    asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+__device__ __forceinline__ unsigned load_acquire(const unsigned *counter) {
+    unsigned value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    return value;
+}
+
+// fence.proxy.async (PTX ISA 9.7.13.4): what this thread wrote to shared memory comes before what wgmma
+// reads or a bulk copy writes there.
 __device__ __forceinline__ void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

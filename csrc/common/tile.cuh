@@ -2,19 +2,19 @@
 //
 // A tile row is 64 bf16 values, 128 bytes, eight chunks of 16 bytes. Chunk c of row r is stored at place
 // c ^ (r % 8): the 128-byte swizzle of the tensor cores' shared-memory descriptors, under which the eight
-// rows of one chunk column lie in eight different bank groups. Weights are cut into strips of eight rows by 64
-// columns, 1 KiB; the strips of the same eight rows follow each other, so that eight rows by any run of columns
-// are contiguous. A KV block is one K tile and one V tile of block_size rows per kv head.
+// rows of one chunk column lie in eight different bank groups. Weights are cut into strips of eight rows by
+// 64 columns, 1 KiB; the strips of the same eight rows follow each other, so that eight rows by any run of
+// columns are contiguous. A KV block is one K tile and one V tile of block_size rows per kv head.
 
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
 
-constexpr int kTileCols = 64;                       // values of a tile row
+constexpr int kTileCols = 64;                         // values of a tile row
 constexpr int kStripRows = 8;                         // rows of a weight strip
 constexpr int kStripValues = kStripRows * kTileCols;  // 1 KiB
-constexpr int kPaddedRows = 64;                       // weights are padded with zero rows to multiples of this
-constexpr int kChunkValues = 8;                     // values of a chunk, 16 bytes
+constexpr int kPaddedRows = 64;  // weights are padded with zero rows to multiples of this
+constexpr int kChunkValues = 8;  // values of a chunk, 16 bytes
 constexpr int kChunksPerRow = kTileCols / kChunkValues;
 
 __host__ __device__ inline int num_tiles(int length) {
@@ -32,4 +32,6 @@ __host__ __device__ inline size_t packed_offset(int row, int chunk, int cols) {
     return strip * kStripValues + tile_offset(row % kStripRows, chunk % kChunksPerRow);
 }
 
-__host__ __device__ inline int padded_rows(int rows) { return (rows + kPaddedRows - 1) / kPaddedRows * kPaddedRows; }
+__host__ __device__ inline int padded_rows(int rows) {
+    return (rows + kPaddedRows - 1) / kPaddedRows * kPaddedRows;
+}

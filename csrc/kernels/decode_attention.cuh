@@ -4,7 +4,7 @@
 // A task is one segment (1024 keys) of one sequence and kv head. The producer streams the cached keys and
 // values of a block's tasks through the ring like weights; eight warps take a tile each, the block folds
 // its tiles in order, and where a row has several segments the last block to finish folds those, in order.
-// The step's new key and value never pass through the cache: they are patched into the fragments.
+// The step's new key and value do not come through the cache: they are written into the ring's last piece.
 
 #pragma once
 #include "decode_step.cuh"
@@ -13,47 +13,8 @@ constexpr int kKeyGroups = NUMERICS_TILE / 8;
 constexpr int kDimGroups = kTileCols / 8;
 constexpr int kDimSteps = kTileCols / NUMERICS_STEP;
 constexpr int kKeySteps = NUMERICS_TILE / NUMERICS_STEP;
-constexpr int kSegmentKeys = NUMERICS_TILE * NUMERICS_SEGMENT;
-
-// One segment of one sequence and kv head.
-struct AttentionTask {
-    int sequence, kv_head, segment;
-    int position;      // of the new token
-    int num_segments;  // of the sequence
-    int first_tile, num_tiles;
-
-    // Keys of a tile that are in the cache already, 0 .. 128.
-    __device__ int cached_keys(int tile) const {
-        return min(NUMERICS_TILE, position - tile * NUMERICS_TILE);
-    }
-    // K and V each take a piece per 64 cached keys.
-    __device__ int pieces_of_tile(int tile) const {
-        return 2 * ((cached_keys(tile) + kPieceKeys - 1) / kPieceKeys);
-    }
-};
-
-// Calls visit(task) for each task of this block, in one order for the producer and the consumers.
-template <typename Visit>
-static __device__ __forceinline__ void for_own_tasks(const StepArguments &args, Visit visit) {
-    int next = (int)blockIdx.x;
-    for (int sequence = 0; sequence < args.num_seqs; ++sequence) {
-        int position = args.seq_lens[sequence] - 1;
-        int num_segments = position / kSegmentKeys + 1;
-        int num_tasks = num_segments * args.problem.num_kv_heads;
-        for (; next < num_tasks; next += (int)gridDim.x) {
-            AttentionTask task;
-            task.sequence = sequence;
-            task.segment = next / args.problem.num_kv_heads;
-            task.kv_head = next % args.problem.num_kv_heads;
-            task.position = position;
-            task.num_segments = num_segments;
-            task.first_tile = task.segment * NUMERICS_SEGMENT;
-            task.num_tiles = min(NUMERICS_SEGMENT, position / NUMERICS_TILE + 1 - task.first_tile);
-            visit(task);
-        }
-        next -= num_tasks;
-    }
-}
+constexpr int kStepsPerHalf = kPieceKeys / NUMERICS_STEP;
+constexpr int kFoldBatch = 4;  // segments loaded together
 
 __device__ __forceinline__ float bf16_product(float a, float b) {
     return to_float(to_bf16(__fmul_rn(a, b)));
@@ -62,59 +23,74 @@ __device__ __forceinline__ float bf16_product(float a, float b) {
 // Pair `pair` of one head through RoPE, docs/numerics.md section 6.
 __device__ __forceinline__ void rotate_pair(bf16 *out, const bf16 *x, const bf16 *table_row, int pair) {
     constexpr int kHalf = kTileCols / 2;
-    float cosine = to_float(table_row[pair]), sine = to_float(table_row[kHalf + pair]);
     float low = to_float(__ldcg(x + pair)), high = to_float(__ldcg(x + kHalf + pair));
+    float cosine = to_float(table_row[pair]), sine = to_float(table_row[kHalf + pair]);
     out[pair] = to_bf16(__fsub_rn(bf16_product(low, cosine), bf16_product(high, sine)));
     out[kHalf + pair] = to_bf16(__fadd_rn(bf16_product(high, cosine), bf16_product(low, sine)));
 }
 
 // Query, new key and new value of a task into shared memory, rotated; the block of the last segment also
-// writes the cache.
-static __device__ void load_task(AttentionShared &shared, const StepArguments &args, const KvLayer &cache,
-                                 const AttentionTask &task) {
+// writes the cache. The key and the value are for the last two warps, which take no tile.
+static __device__ __forceinline__ void load_task(AttentionShared &own, const StepArguments &args,
+                                                 const KvLayer &cache, const AttentionTask &task,
+                                                 const bf16 *table_row) {
     constexpr int kHalf = kTileCols / 2;
     const DecodeProblem &problem = args.problem;
-    int group = problem.num_heads / problem.num_kv_heads;
-    const bf16 *table_row = problem.rope_table + (size_t)task.position * kTileCols;
+    int group = problem.num_heads / problem.num_kv_heads, thread = own_thread();
     size_t kv = ((size_t)task.sequence * problem.num_kv_heads + task.kv_head) * kTileCols;
-    int thread = (int)threadIdx.x;
     int for_key = thread - (kConsumers - kWarp), for_value = thread - (kConsumers - 2 * kWarp);
     if (thread < group * kHalf) {
-        int head = thread / kHalf;
-        const bf16 *q =
-            problem.q +
-            ((size_t)task.sequence * problem.num_heads + task.kv_head * group + head) * kTileCols;
-        rotate_pair(shared.query[head], q, table_row, thread % kHalf);
+        size_t row = (size_t)task.sequence * problem.num_heads + task.kv_head * group + thread / kHalf;
+        rotate_pair(own.query[thread / kHalf], problem.q + row * kTileCols, table_row, thread % kHalf);
     }
-    if (for_key >= 0) rotate_pair(shared.key, problem.k + kv, table_row, for_key);
-    if (for_value >= 0 && for_value < kChunksPerRow) {
-        store_vector(shared.value + for_value * kVector,
+    if (for_key >= 0) rotate_pair(own.key, problem.k + kv, table_row, for_key);
+    if (for_value >= 0 && for_value < kChunksPerRow)
+        store_vector(own.value + for_value * kVector,
                      load_fresh_vector(problem.v + kv + for_value * kVector));
-    }
     consumer_barrier();  // query, key and value visible to every warp
     if (task.segment == task.num_segments - 1 && for_value >= 0 && for_value < 2 * kChunksPerRow) {
         const int32_t *block_table = args.block_tables + (size_t)task.sequence * args.max_blocks_per_seq;
-        int block = block_table[task.position / cache.block_size],
-            offset = task.position % cache.block_size;
+        int index = task.position / cache.block_size, offset = task.position - index * cache.block_size;
         int chunk = for_value % kChunksPerRow, is_value = for_value / kChunksPerRow;
-        bf16 *tile = cache.data + kv_tile_offset(block, task.kv_head, cache.num_kv_heads, cache.block_size);
+        bf16 *tile = cache.data +
+                     kv_tile_offset(block_table[index], task.kv_head, cache.num_kv_heads, cache.block_size);
         if (is_value) tile += (size_t)cache.block_size * kTileCols;
-        const bf16 *row = is_value ? shared.value : shared.key;
+        const bf16 *row = is_value ? own.value : own.key;
         store_vector(tile + tile_offset(offset, chunk), load_vector(row + chunk * kVector));
     }
 }
 
-// P of a row and its sum, from its scores: this lane holds keys 8 j + 2 q and + 1.
+// Writes the new key's row, or value's, into its piece at row `row`, and zero into the rows up to `end`.
+static __device__ __forceinline__ void patch_piece(unsigned char *slot, const bf16 *fresh, int row,
+                                                   int end) {
+    int lane = own_thread() % kWarp;
+    bf16 *piece = reinterpret_cast<bf16 *>(slot);
+#pragma unroll 1
+    for (int i = lane; i < (end - row) * kChunksPerRow; i += kWarp) {
+        int chunk = i % kChunksPerRow, below = i / kChunksPerRow;
+        uint4 value = make_uint4(0, 0, 0, 0);
+        if (below == 0) value = load_vector(fresh + chunk * kVector);
+        store_vector(piece + tile_offset(row + below, chunk), value);
+    }
+    __syncwarp();  // the row is in before any lane reads it
+}
+
+// Every lane has read the piece, and what it wrote into it comes before the copy that fills it again.
+static __device__ __forceinline__ void give_back_piece(StepShared &shared, int piece, bool is_patched) {
+    if (is_patched) fence_async_proxy();
+    __syncwarp();
+    if (own_thread() % kWarp == 0) release_piece(shared, piece);
+}
+
+// P of a row and its sum, from its scores: this lane holds keys 8 j + 2 q and + 1. Keys that do not count
+// have a score of minus infinity, which makes their P +0.
 static __device__ __forceinline__ void softmax_row(uint32_t (&p)[kKeyGroups], float &max, float &sum,
-                                                   const float (&scores)[kKeyGroups][2], int num_keys,
-                                                   float scale) {
-    int q = (int)threadIdx.x % 4;
+                                                   const float (&scores)[kKeyGroups][2], float scale) {
     float largest = __int_as_float(0xff800000);
 #pragma unroll
     for (int j = 0; j < kKeyGroups; ++j) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e)
-            if (j * 8 + 2 * q + e < num_keys) largest = fmaxf(largest, scores[j][e]);
+        for (int e = 0; e < 2; ++e) largest = fmaxf(largest, scores[j][e]);
     }
     largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 2));
@@ -126,7 +102,7 @@ static __device__ __forceinline__ void softmax_row(uint32_t (&p)[kKeyGroups], fl
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             float exponent = __fmaf_rn(scores[j][e], scale, -max);
-            pair[e] = j * 8 + 2 * q + e < num_keys ? contract_exp2(exponent) : 0.0f;
+            pair[e] = contract_exp2(exponent);
         }
         p[j] = pack_bf16(pair[0], pair[1]);
         sum = __fadd_rn(sum, __fadd_rn(low_float(p[j]), high_float(p[j])));
@@ -135,91 +111,100 @@ static __device__ __forceinline__ void softmax_row(uint32_t (&p)[kKeyGroups], fl
     sum = __fadd_rn(sum, __shfl_xor_sync(kFullWarp, sum, 2));
 }
 
+// Scores of the heads (rows g) with sixteen keys that start at `rows`: two chains side by side.
+static __device__ __forceinline__ void score_keys(float (&low)[2], float (&high)[2],
+                                                  const uint32_t (&query)[kDimSteps][2], uint32_t rows) {
+    int lane = own_thread() % kWarp;
+    float acc[2][4] = {};
+    uint32_t keys[2][2][4];  // of eight keys each: columns 0 .. 31 and 32 .. 63
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        int row = i / 2 * 8 + lane % 8, chunk = i % 2 * 4 + lane / 8;
+        load_matrix_x4(keys[i / 2][i % 2], rows + tile_offset(row, chunk) * (int)sizeof(bf16));
+    }
+#pragma unroll
+    for (int s = 0; s < kDimSteps; ++s) {
+        const uint32_t heads[4] = {query[s][0], 0, query[s][1], 0};
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            mma_m16n8k16(acc[i], heads, keys[i][s / 2][s % 2 * 2], keys[i][s / 2][s % 2 * 2 + 1]);
+    }
+    low[0] = acc[0][0], low[1] = acc[0][1];
+    high[0] = acc[1][0], high[1] = acc[1][1];
+}
+
 // One tile by one warp; rows are the heads of the group. Its pieces are numbers `piece`, ...: K, then V.
-static __device__ __noinline__ void attend_tile(StepShared &shared, const AttentionTask &task, int tile,
+static __device__ __forceinline__ void attend_tile(StepShared &shared, const AttentionTask &task, int tile,
                                                    int piece, int group_size, float scale,
                                                    float (*partial)[kPartialColumns]) {
     const AttentionShared &own = shared.attention;
-    int lane = (int)threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
-    int cached = task.cached_keys(tile), halves = (cached + kPieceKeys - 1) / kPieceKeys;
-    int num_keys = min(NUMERICS_TILE, cached + 1);
-    int new_key = cached < NUMERICS_TILE ? cached : NUMERICS_TILE;  // no key of the tile if it is full
+    constexpr int kHalfBytes = kStepsPerHalf * NUMERICS_STEP * kTileCols * (int)sizeof(bf16);
+    constexpr int kStepBytes = kHalfBytes / kStepsPerHalf;
+    int lane = own_thread() % kWarp, g = lane / 4, q = lane % 4;
+    int cached = task.cached_keys(tile), num_keys = task.num_keys(tile), halves = task.halves(tile);
+    int num_steps = (num_keys + NUMERICS_STEP - 1) / NUMERICS_STEP;
+    bool is_patched = cached < NUMERICS_TILE;  // the tile holds the new key, in its last half
+    int new_row = cached % kPieceKeys;
+    int end_row = (new_row / NUMERICS_STEP + 1) * NUMERICS_STEP;
 
-    uint32_t query[kDimSteps][4] = {};
-    if (g < group_size) {
+    uint32_t query[kDimSteps][2];
 #pragma unroll
-        for (int s = 0; s < kDimSteps; ++s) {
-            query[s][0] = load_pair(&own.query[g][s * NUMERICS_STEP + 2 * q]);
-            query[s][2] = load_pair(&own.query[g][s * NUMERICS_STEP + 2 * q + 8]);
-        }
+    for (int s = 0; s < kDimSteps; ++s) {
+        int row = g < group_size ? g : 0;  // rows beyond repeat the first: their results are never read
+        query[s][0] = load_pair(&own.query[row][s * NUMERICS_STEP + 2 * q]);
+        query[s][1] = load_pair(&own.query[row][s * NUMERICS_STEP + 2 * q + 8]);
     }
     float scores[kKeyGroups][2];
-    uint32_t tile_half = 0;
+    uint32_t half_rows = 0;
 #pragma unroll
-    for (int j = 0; j < kKeyGroups; ++j) {
-        constexpr int kGroupsPerHalf = kPieceKeys / 8;
-        if (j % kGroupsPerHalf == 0 && j / kGroupsPerHalf < halves)
-            tile_half = wait_for_piece(shared, piece + j / kGroupsPerHalf);
-        uint32_t keys[2][4] = {};  // columns 0 .. 31 and 32 .. 63 of eight keys
-        if (j * 8 < cached) {
-            int row = j % kGroupsPerHalf * 8 + lane % 8, chunk = lane / 8;
-            load_matrix_x4(keys[0], tile_half + tile_offset(row, chunk) * (int)sizeof(bf16));
-            load_matrix_x4(keys[1], tile_half + tile_offset(row, chunk + 4) * (int)sizeof(bf16));
+    for (int s = 0; s < kKeySteps; ++s) {
+        int half = s / kStepsPerHalf;
+        if (s % kStepsPerHalf == 0 && half < halves) {
+            half_rows = wait_for_piece(shared, piece + half);
+            if (is_patched && half == halves - 1)
+                patch_piece(shared.ring[slot_of(piece + half)], own.key, new_row, new_row + 1);
         }
-        if (j == new_key / 8 && g == new_key % 8) {
+        if (s < num_steps)
+            score_keys(scores[2 * s], scores[2 * s + 1], query, half_rows + s % kStepsPerHalf * kStepBytes);
+        if ((s + 1) * NUMERICS_STEP > num_keys) {
 #pragma unroll
-            for (int i = 0; i < kDimGroups; ++i) keys[i / 4][i % 4] = load_pair(own.key + i * 8 + 2 * q);
+            for (int i = 0; i < 4; ++i) {
+                int key = s * NUMERICS_STEP + i / 2 * 8 + 2 * q + i % 2;
+                if (key >= num_keys) scores[2 * s + i / 2][i % 2] = __int_as_float(0xff800000);  // P is +0
+            }
         }
-        float acc[4] = {};
-#pragma unroll
-        for (int s = 0; s < kDimSteps; ++s)
-            mma_m16n8k16(acc, query[s], keys[s / 2][s % 2 * 2], keys[s / 2][s % 2 * 2 + 1]);
-        scores[j][0] = acc[0];
-        scores[j][1] = acc[1];
-        if (j % kGroupsPerHalf == kGroupsPerHalf - 1 && j / kGroupsPerHalf < halves) {
-            __syncwarp();  // every lane has read the piece before it is filled again
-            if (lane == 0) release_piece(shared, piece + j / kGroupsPerHalf);
-        }
+        if (s % kStepsPerHalf == kStepsPerHalf - 1 && half < halves)
+            give_back_piece(shared, piece + half, is_patched);
     }
+    piece += halves;
 
     uint32_t p[kKeyGroups];
     float max, sum;
-    softmax_row(p, max, sum, scores, num_keys, scale);
+    softmax_row(p, max, sum, scores, scale);
 
     float out[kDimGroups][4] = {};
 #pragma unroll
     for (int s = 0; s < kKeySteps; ++s) {
-        constexpr int kStepsPerHalf = kPieceKeys / NUMERICS_STEP;
-        if (s % kStepsPerHalf == 0 && s / kStepsPerHalf < halves)
-            tile_half = wait_for_piece(shared, piece + halves + s / kStepsPerHalf);
-        const uint32_t weights[4] = {p[2 * s], 0, p[2 * s + 1], 0};
-        bool is_read = s * NUMERICS_STEP < cached, is_patched = s == new_key / NUMERICS_STEP;
-#pragma unroll
-        for (int f = 0; f < kDimGroups; f += 2) {
-            uint32_t values[4] = {};  // keys + 0 and + 8 of columns f, then of columns f + 1
-            if (is_read) {
-                int row = s % kStepsPerHalf * NUMERICS_STEP + lane % 16, chunk = f + lane / 16;
-                load_matrix_x4_transposed(values, tile_half + tile_offset(row, chunk) * (int)sizeof(bf16));
-            }
-            if (is_patched) {
-                // This lane holds keys 2 q, 2 q + 1 and 8 further of column 8 (f + i / 2) + g: the new
-                // key's value takes its place, keys beyond it count as zero.
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    int key = s * NUMERICS_STEP + i % 2 * 8 + 2 * q;
-                    uint32_t fresh = own.value[(f + i / 2) * 8 + g];
-                    uint32_t low = key < new_key ? values[i] & 0xffffu : key == new_key ? fresh : 0;
-                    uint32_t high = key + 1 < new_key ? values[i] >> 16 : key + 1 == new_key ? fresh : 0;
-                    values[i] = low | high << 16;
-                }
-            }
-            mma_m16n8k16(out[f], weights, values[0], values[1]);
-            mma_m16n8k16(out[f + 1], weights, values[2], values[3]);
+        int half = s / kStepsPerHalf;
+        if (s % kStepsPerHalf == 0 && half < halves) {
+            half_rows = wait_for_piece(shared, piece + half);
+            if (is_patched && half == halves - 1)
+                patch_piece(shared.ring[slot_of(piece + half)], own.value, new_row, end_row);
         }
-        if (s % kStepsPerHalf == kStepsPerHalf - 1 && s / kStepsPerHalf < halves) {
-            __syncwarp();  // every lane has read the piece before it is filled again
-            if (lane == 0) release_piece(shared, piece + halves + s / kStepsPerHalf);
+        if (s < num_steps) {
+            const uint32_t weights[4] = {p[2 * s], 0, p[2 * s + 1], 0};
+            uint32_t rows = half_rows + s % kStepsPerHalf * kStepBytes;
+#pragma unroll
+            for (int f = 0; f < kDimGroups; f += 2) {
+                uint32_t values[4];  // keys + 0 and + 8 of columns f, then of columns f + 1
+                load_matrix_x4_transposed(values,
+                                          rows + tile_offset(lane % 16, f + lane / 16) * (int)sizeof(bf16));
+                mma_m16n8k16(out[f], weights, values[0], values[1]);
+                mma_m16n8k16(out[f + 1], weights, values[2], values[3]);
+            }
         }
+        if (s % kStepsPerHalf == kStepsPerHalf - 1 && half < halves)
+            give_back_piece(shared, piece + half, is_patched);
     }
     if (g >= group_size) return;
 #pragma unroll
@@ -235,114 +220,95 @@ static __device__ __noinline__ void attend_tile(StepShared &shared, const Attent
 struct FoldState {
     float max, sum, value;
 
-    __device__ void fold(float new_max, float new_sum, float new_value) {
-        float largest = fmaxf(max, new_max);
+    __device__ void fold(const FoldState &next) {
+        float largest = fmaxf(max, next.max);
         float keep = contract_exp2(__fsub_rn(max, largest)),
-              take = contract_exp2(__fsub_rn(new_max, largest));
+              take = contract_exp2(__fsub_rn(next.max, largest));
         max = largest;
-        sum = __fmaf_rn(new_sum, take, __fmul_rn(sum, keep));
-        value = __fmaf_rn(new_value, take, __fmul_rn(value, keep));
+        sum = __fmaf_rn(next.sum, take, __fmul_rn(sum, keep));
+        value = __fmaf_rn(next.value, take, __fmul_rn(value, keep));
     }
     __device__ bf16 result() const { return to_bf16(__fmul_rn(value, __frcp_rn(sum))); }
 };
 
 // The block's tiles into one segment: the result where it is the only one, else its partial result.
-static __device__ void fold_tiles(const AttentionShared &shared, const StepArguments &args,
-                                  const AttentionTask &task) {
+static __device__ __forceinline__ void fold_tiles(const AttentionShared &own, const StepArguments &args,
+                                                  const AttentionTask &task) {
     int group = args.problem.num_heads / args.problem.num_kv_heads;
-    for (int i = (int)threadIdx.x; i < group * kTileCols; i += kConsumers) {
+#pragma unroll 1
+    for (int i = own_thread(); i < group * kTileCols; i += kConsumers) {
         int row = i / kTileCols, column = i % kTileCols;
-        const auto &parts = shared.tiles;
-        FoldState state = {parts[0][row][kTileCols], parts[0][row][kTileCols + 1], parts[0][row][column]};
-        for (int t = 1; t < task.num_tiles; ++t)
-            state.fold(parts[t][row][kTileCols], parts[t][row][kTileCols + 1], parts[t][row][column]);
+        auto part = [&](int tile) -> FoldState {
+            const float *from = own.tiles[tile][row];
+            return {from[kTileCols], from[kTileCols + 1], from[column]};
+        };
+        FoldState state = part(0);
+#pragma unroll 1
+        for (int t = 1; t < task.num_tiles; ++t) state.fold(part(t));
         size_t index = (size_t)task.sequence * args.problem.num_heads + task.kv_head * group + row;
         if (task.num_segments == 1) {
             args.problem.attn[index * kTileCols + column] = state.result();
             continue;
         }
-        float *part = args.segments + (index * args.max_segments + task.segment) * kPartialColumns;
-        part[column] = state.value;
-        if (column == 0) part[kTileCols] = state.max;
-        if (column == 1) part[kTileCols + 1] = state.sum;
+        float *to = args.segments + (index * args.max_segments + task.segment) * kPartialColumns;
+        to[column] = state.value;
+        if (column == 0) to[kTileCols] = state.max;
+        if (column == 1) to[kTileCols + 1] = state.sum;
     }
 }
 
 // The last block to finish a sequence and kv head folds its segments.
-static __device__ void fold_segments(StepShared &shared, const StepArguments &args,
-                                     const AttentionTask &task) {
+static __device__ __forceinline__ void fold_segments(StepShared &shared, const StepArguments &args,
+                                                     const AttentionTask &task) {
     int group = args.problem.num_heads / args.problem.num_kv_heads;
-    __threadfence();     // this block's segment is out before its ticket
-    consumer_barrier();  // every thread's share of it
-    if (threadIdx.x == 0) {
+    consumer_barrier();  // every thread's share of this block's segment
+    if (own_thread() == 0) {
+        fence_gpu();  // it is out before its ticket
         unsigned *ticket = args.tickets + task.sequence * args.problem.num_kv_heads + task.kv_head;
         shared.is_last = atomicAdd(ticket, 1) == (unsigned)task.num_segments - 1;
         if (shared.is_last) *ticket = 0;
+        fence_gpu();  // the other blocks' segments after their tickets
     }
     consumer_barrier();  // the verdict visible to every thread
     if (!shared.is_last) return;
-    __threadfence();  // the other blocks' segments after their tickets
-    for (int i = (int)threadIdx.x; i < group * kTileCols; i += kConsumers) {
+#pragma unroll 1
+    for (int i = own_thread(); i < group * kTileCols; i += kConsumers) {
         int column = i % kTileCols;
         size_t index =
             (size_t)task.sequence * args.problem.num_heads + task.kv_head * group + i / kTileCols;
-        const float *part = args.segments + index * args.max_segments * kPartialColumns;
-        FoldState state = {__ldcg(part + kTileCols), __ldcg(part + kTileCols + 1), __ldcg(part + column)};
-        for (int s = 1; s < task.num_segments; ++s) {
-            part += kPartialColumns;
-            state.fold(__ldcg(part + kTileCols), __ldcg(part + kTileCols + 1), __ldcg(part + column));
+        const float *segments = args.segments + index * args.max_segments * kPartialColumns;
+        FoldState state = {};
+#pragma unroll 1
+        for (int first = 0; first < task.num_segments; first += kFoldBatch) {
+            FoldState parts[kFoldBatch];
+#pragma unroll
+            for (int s = 0; s < kFoldBatch; ++s) {
+                const float *from = segments + min(first + s, task.num_segments - 1) * kPartialColumns;
+                parts[s] = {__ldcg(from + kTileCols), __ldcg(from + kTileCols + 1), __ldcg(from + column)};
+            }
+            if (first == 0) state = parts[0];
+#pragma unroll
+            for (int s = 0; s < kFoldBatch; ++s)
+                if (first + s > 0 && first + s < task.num_segments) state.fold(parts[s]);
         }
         args.problem.attn[index * kTileCols + column] = state.result();
     }
 }
 
 // The whole phase of one layer; consumers only. `piece` is the number of the block's next piece.
-static __device__ void attention_phase(StepShared &shared, const StepArguments &args, const KvLayer &cache,
-                                       int &piece) {
-    int warp = (int)threadIdx.x / kWarp, group = args.problem.num_heads / args.problem.num_kv_heads;
-    for_own_tasks(args, [&](const AttentionTask &task) {
-        load_task(shared.attention, args, cache, task);
-        for (int i = 0; i < task.num_tiles; ++i) {
-            int tile = task.first_tile + i;
-            if (warp == i)
-                attend_tile(shared, task, tile, piece, group, args.scale, shared.attention.tiles[i]);
-            piece += task.pieces_of_tile(tile);
-        }
+static __device__ __forceinline__ void attention_phase(StepShared &shared, const StepArguments &args,
+                                                       const KvLayer &cache, int &piece) {
+    int warp = own_thread() / kWarp, group = args.problem.num_heads / args.problem.num_kv_heads;
+    for_own_tasks(shared, args, [&](const AttentionTask &task) {
+        load_task(shared.attention, args, cache, task, shared.rope[task.sequence]);
+        constexpr int kPiecesPerTile = 2 * NUMERICS_TILE / kPieceKeys;  // of all but the last
+        if (warp < task.num_tiles)
+            attend_tile(shared, task, task.first_tile + warp, piece + warp * kPiecesPerTile, group,
+                        args.scale, shared.attention.tiles[warp]);
+        piece += task.num_pieces();
         consumer_barrier();  // the tiles' partial results visible to the threads that fold them
         fold_tiles(shared.attention, args, task);
         if (task.num_segments > 1) fold_segments(shared, args, task);
         consumer_barrier();  // shared memory is read before the next task writes it
-    });
-}
-
-// The producer's side: K and V of the cached keys of this block's tasks. One warp.
-static __device__ void stream_cache(StepShared &shared, const StepArguments &args, const KvLayer &cache,
-                                    int &piece) {
-    int lane = (int)threadIdx.x % kWarp;
-    int copy_keys = min(kPieceKeys, cache.block_size);  // keys that lie together: a copy
-    for_own_tasks(args, [&](const AttentionTask &task) {
-        const int32_t *block_table = args.block_tables + (size_t)task.sequence * args.max_blocks_per_seq;
-        for (int tile = task.first_tile; tile < task.first_tile + task.num_tiles; ++tile) {
-            int cached = task.cached_keys(tile), halves = (cached + kPieceKeys - 1) / kPieceKeys;
-            for (int i = 0; i < 2 * halves; ++i, ++piece) {
-                int is_value = i / halves, first = i % halves * kPieceKeys;
-                int keys = min(kPieceKeys, cached - first), slot = slot_of(piece);
-                constexpr int kKeyBytes = kTileCols * (int)sizeof(bf16);
-                uint32_t full = shared_address(&shared.full[piece % (2 * kSlots)]);
-                barrier_wait(shared_address(&shared.empty[slot]), parity_of(piece) ^ 1);
-                if (lane == 0) barrier_arrive_expect(full, keys * kKeyBytes);
-                __syncwarp();  // the bytes are expected before the first arrive
-                int from_key = lane * copy_keys;
-                if (from_key < keys) {
-                    int key = tile * NUMERICS_TILE + first + from_key;
-                    const bf16 *from =
-                        cache.data + kv_tile_offset(block_table[key / cache.block_size], task.kv_head,
-                                                    cache.num_kv_heads, cache.block_size);
-                    from += (size_t)(is_value * cache.block_size + key % cache.block_size) * kTileCols;
-                    copy_bulk(shared_address(shared.ring[slot]) + from_key * kKeyBytes, from,
-                              min(copy_keys, keys - from_key) * kKeyBytes, full);
-                }
-            }
-        }
     });
 }

@@ -1,10 +1,10 @@
 // decode_step.cuh -- what the parts of the persistent decode kernel share: its problem, its shared memory,
-// its clock.
+// its barriers, the order of its work.
 //
 // One thread block per multiprocessor runs a whole step. Twelve consumer warps compute; one producer warp
-// streams the block's weights, for all layers and the LM head, through a ring in shared memory without ever
-// waiting for an activation. The phases of a layer are separated by a barrier over the grid; the ring stays
-// full across it, so the memory does not idle.
+// streams the block's weights, for all layers and the LM head, and the cached keys and values, through a
+// ring in shared memory without ever waiting for an activation. The phases of a layer are separated by a
+// barrier over the grid; the ring stays full across it, so the memory does not idle.
 
 #pragma once
 #include "../common/cuda_status.h"
@@ -19,20 +19,39 @@ extern "C" {
 
 constexpr int kStepTokens = 8;         // most sequences of a step: the rows of one fragment
 constexpr int kUnitRows = kStripRows;  // weight rows of a unit of work: the columns of one fragment
-constexpr int kConsumerWarps = 12;     // with the producer 13: up to 16 warps may have 128 registers each
+constexpr int kOutputs = kStepTokens * kUnitRows;  // of a unit
+constexpr int kConsumerWarps = 12;  // with the producer 13: up to 16 warps may have 128 registers each
 constexpr int kConsumers = kConsumerWarps * kWarp;
 constexpr int kStepThreads = kConsumers + kWarp;
 constexpr int kMaxLayers = 32;    // their pointers travel as kernel parameters, which hold 4 KiB and more
 constexpr int kMaxHidden = 2048;  // one pass of RMSNorm's 256 lanes
-constexpr int kMaxGroup = 8;      // query heads per kv head
+constexpr int kMaxIntermediate = 16384;  // the chunk sums of down's two units a block must fit together
+constexpr int kMaxGroup = 8;             // query heads per kv head
 constexpr int kPieceBytes = kUnitRows * NUMERICS_CHUNK * (int)sizeof(bf16);  // a unit's chunk, 8 KiB
-constexpr int kSlots = 22;        // of the ring: 176 KiB, five microseconds of this block's share of memory
-constexpr int kRoundTasks = 64;   // chunk sums kept before they are added up
-constexpr int kInputPadding = 8;  // values: rows start in different banks
+constexpr int kSlots = 22;  // of the ring: 176 KiB, five microseconds of this block's share of memory
+// Pieces on their way at once, 56 KiB: enough for the bandwidth; more queue up before the barriers'
+// traffic.
+constexpr int kInFlight = 7;
+constexpr int kTurns = 2 * kSlots;  // pieces between two uses of one `full` barrier
+constexpr int kRoundTasks = 64;     // chunk sums kept before they are added up
+constexpr int kInputPadding = 8;    // values: rows start in different banks
 constexpr int kInputValues = kStepTokens * (kMaxHidden + kInputPadding);
+constexpr int kNormGroups = NUMERICS_NORM_LANES / kWarp;
 constexpr int kPartialColumns = kTileCols + 2;                             // 64 values, maximum, sum
 constexpr int kPieceKeys = kPieceBytes / (kTileCols * (int)sizeof(bf16));  // 64: half an attention tile
 constexpr int kStripBytes = kStripValues * (int)sizeof(bf16);
+
+// The order of a phase's pieces within a block, the same for the producer and the consumers: rounds of
+// units, in each the groups of chunks whose activations fit shared memory together, in each the round's
+// units, in each its parts, in each the chunks.
+struct PhaseOrder {
+    int own_units;  // unit i of the block is unit blockIdx + i gridDim of the phase
+    int units_per_round;
+    int parts;  // matrices side by side: 2 for gate and up
+    int num_chunks, chunks_per_group;
+    int cols;
+};
+enum Phase { kPhaseQkv, kPhaseO, kPhaseGateUp, kPhaseDown, kPhaseHead, kNumPhases };
 
 struct AttentionShared {
     alignas(16) bf16 query[kMaxGroup][kTileCols];
@@ -47,9 +66,14 @@ struct StepShared {
         alignas(16) bf16 input[kInputValues];  // the activations a phase multiplies, row by row
         AttentionShared attention;
     };
-    float sums[kRoundTasks][kStepTokens * kUnitRows];
-    uint64_t full[2 * kSlots];  // by turns: see wait_for_piece
+    alignas(16) float sums[kRoundTasks][kOutputs];
+    alignas(16) float norm_sums[kStepTokens][kNormGroups];
+    alignas(16) bf16 rope[kStepTokens][kTileCols];  // of each sequence's new position: cos | sin
+    uint64_t full[kTurns];
     uint64_t empty[kSlots];
+    PhaseOrder orders[kNumPhases];
+    int positions[kStepTokens];  // of the new tokens
+    unsigned arrivals_expected;  // at the grid barrier, in this launch
     int is_last;
 };
 
@@ -80,39 +104,62 @@ struct StepArguments {
 };
 
 // A block's stream of pieces: the producer and every consumer count alike, and so agree on slots and
-// parities.
+// parities. A slot has two `full` barriers and uses them by turns: a warp may come to wait for a piece
+// while the slot's previous piece is still on its way, and the parity of one barrier could not tell that
+// piece's predecessor from the one awaited.
 __device__ __forceinline__ int slot_of(int piece) {
     return piece % kSlots;
 }
-__device__ __forceinline__ int parity_of(int piece) {
-    return piece / kSlots & 1;
+__device__ __forceinline__ uint32_t full_barrier(StepShared &shared, int piece) {
+    return shared_address(&shared.full[piece % kTurns]);
 }
 __device__ __forceinline__ uint32_t wait_for_piece(StepShared &shared, int piece) {
-    barrier_wait(shared_address(&shared.full[piece % (2 * kSlots)]), piece / (2 * kSlots) & 1);
+    barrier_wait(full_barrier(shared, piece), piece / kTurns & 1);
     return shared_address(shared.ring[slot_of(piece)]);
 }
 __device__ __forceinline__ void release_piece(StepShared &shared, int piece) {
     barrier_arrive(shared_address(&shared.empty[slot_of(piece)]));
 }
-
-__device__ __forceinline__ void consumer_barrier() {
-    asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory");
+// For the producer, before it asks for a piece: with it, at most kInFlight are on their way.
+__device__ __forceinline__ uint32_t wait_for_slot(StepShared &shared, int piece) {
+    if (piece >= kInFlight) wait_for_piece(shared, piece - kInFlight);
+    barrier_wait(shared_address(&shared.empty[slot_of(piece)]), piece / kSlots & 1 ^ 1);
+    return shared_address(shared.ring[slot_of(piece)]);
 }
 
-// Waits until every thread block arrived; `target` is the arrivals expected so far, the same in every
-// block.
-__device__ __forceinline__ void grid_barrier(unsigned *counter, unsigned &target) {
-    target += gridDim.x;
+__device__ __forceinline__ void consumer_barrier() {
+    named_barrier_sync<1, kConsumers>();
+}
+
+// The consumers tell the producer that shared.positions is written.
+__device__ __forceinline__ void announce_positions() {
+    named_barrier_arrive<2, kStepThreads>();
+}
+__device__ __forceinline__ void wait_for_positions() {
+    named_barrier_sync<2, kStepThreads>();
+}
+
+// Waits until every thread block arrived. The arrivals expected so far are kept in shared memory: in a
+// register they would be spilled, and fetched from afar in every turn of the loop.
+__device__ __forceinline__ void grid_barrier(StepShared &shared, unsigned *counter) {
     consumer_barrier();  // this block's stores are done before one thread speaks for it
     if (threadIdx.x == 0) {
-        asm volatile("fence.acq_rel.gpu;" ::: "memory");
-        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-        unsigned seen;
-        do {
-            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-        } while (seen < target);
+        fence_gpu();  // they are out before the arrival
+        add_relaxed(counter, 1);
+        unsigned target = shared.arrivals_expected += gridDim.x;
+        while (load_acquire(counter) < target) {
+        }
     }
     consumer_barrier();  // nobody reads other blocks' results before the barrier
+}
+
+// threadIdx.x, read again where it is used: what a phase derives from it does not occupy registers through
+// the other phases.
+__device__ __forceinline__ int own_thread() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    __builtin_assume(thread >= 0);
+    return thread;
 }
 
 // Loads of what other blocks wrote in this launch: past the L1 cache, which does not know of them.
@@ -126,77 +173,84 @@ __device__ __forceinline__ int own_share(int count) {
     return count > block ? (count - block + blocks - 1) / blocks : 0;
 }
 
-// A phase's weights: up to three matrices one after another (q, k, v), or two side by side (gate, up), of
-// whose rows a unit takes eight each.
-struct PhaseWeights {
-    const bf16 *first, *second, *third;
-    int first_units, second_units, num_units;
-    int cols;
-    bool is_paired;
-
-    __device__ int parts() const { return is_paired ? 2 : 1; }
-    __device__ int num_chunks() const { return (cols + NUMERICS_CHUNK - 1) / NUMERICS_CHUNK; }
-    // Where part `part` of a unit starts in its packed matrix: its rows are contiguous (tile.cuh).
-    __device__ const bf16 *unit_data(int unit, int part) const {
-        const bf16 *data = first;
-        if (is_paired) {
-            if (part == 1) data = second;
-        } else if (unit >= first_units + second_units) {
-            data = third;
-            unit -= first_units + second_units;
-        } else if (unit >= first_units) {
-            data = second;
-            unit -= first_units;
-        }
-        return data + packed_offset(unit * kUnitRows, 0, cols);
-    }
-};
-
 __device__ __forceinline__ const bf16 *packed_data(const Matrix &matrix) {
     return static_cast<const bf16 *>(matrix.data);
 }
-__device__ __forceinline__ PhaseWeights one_matrix(const Matrix &m) {
-    int units = (m.rows + kUnitRows - 1) / kUnitRows;
-    return {packed_data(m), nullptr, nullptr, units, 0, units, m.cols, false};
-}
-__device__ __forceinline__ PhaseWeights qkv_weights(const DecodeLayer &layer) {
-    int q = layer.q_proj.rows / kUnitRows, k = layer.k_proj.rows / kUnitRows;
-    return {packed_data(layer.q_proj),
-            packed_data(layer.k_proj),
-            packed_data(layer.v_proj),
-            q,
-            k,
-            q + 2 * k,
-            layer.q_proj.cols,
-            false};
-}
-__device__ __forceinline__ PhaseWeights gate_up_weights(const DecodeLayer &layer) {
-    int units = layer.gate_proj.rows / kUnitRows;
-    return {packed_data(layer.gate_proj),
-            packed_data(layer.up_proj),
-            nullptr,
-            units,
-            0,
-            units,
-            layer.gate_proj.cols,
-            true};
+__device__ __forceinline__ int num_units(const Matrix &matrix) {
+    return (matrix.rows + kUnitRows - 1) / kUnitRows;
 }
 
-// The order of a phase's pieces within a block, the same for the producer and the consumers: groups of
-// chunks whose activations fit shared memory together, in each the block's units, in each its parts, in
-// each the chunks.
-struct PhaseOrder {
-    int own_units, parts, num_chunks, chunks_per_group, num_groups;
+__device__ __forceinline__ PhaseOrder phase_order(int units, int parts, int cols, int num_tokens) {
+    PhaseOrder order;
+    order.own_units = own_share(units);
+    order.parts = parts;
+    order.cols = cols;
+    order.num_chunks = (cols + NUMERICS_CHUNK - 1) / NUMERICS_CHUNK;
+    order.chunks_per_group =
+        min(order.num_chunks, (kInputValues / num_tokens - kInputPadding) / NUMERICS_CHUNK);
+    order.units_per_round = max(1, kRoundTasks / (parts * order.num_chunks));
+    return order;
+}
 
-    __device__ PhaseOrder(const PhaseWeights &weights, int num_tokens)
-        : own_units(own_share(weights.num_units)),
-          parts(weights.parts()),
-          num_chunks(weights.num_chunks()) {
-        int fitting = (kInputValues / num_tokens - kInputPadding) / NUMERICS_CHUNK;
-        chunks_per_group = min(num_chunks, fitting);
-        num_groups = (num_chunks + chunks_per_group - 1) / chunks_per_group;
+// The same in every layer.
+static __device__ PhaseOrder order_of_phase(const StepArguments &args, int phase) {
+    const DecodeLayer &layer = args.layers[0];
+    int n = args.num_seqs;
+    if (phase == kPhaseQkv)
+        return phase_order(num_units(layer.q_proj) + 2 * num_units(layer.k_proj), 1, layer.q_proj.cols, n);
+    if (phase == kPhaseO) return phase_order(num_units(layer.o_proj), 1, layer.o_proj.cols, n);
+    if (phase == kPhaseGateUp) return phase_order(num_units(layer.gate_proj), 2, layer.gate_proj.cols, n);
+    if (phase == kPhaseDown) return phase_order(num_units(layer.down_proj), 1, layer.down_proj.cols, n);
+    return phase_order(num_units(args.problem.lm_head), 1, args.problem.lm_head.cols, n);
+}
+
+// One segment of one sequence and kv head: a block's task in the attention phase.
+constexpr int kSegmentKeys = NUMERICS_TILE * NUMERICS_SEGMENT;
+
+struct AttentionTask {
+    int sequence, kv_head, segment;
+    int position;      // of the new token
+    int num_segments;  // of the sequence
+    int first_tile, num_tiles;
+
+    // Keys of a tile that are in the cache already, 0 .. 128.
+    __device__ int cached_keys(int tile) const {
+        return min(NUMERICS_TILE, position - tile * NUMERICS_TILE);
     }
-    __device__ int group_chunks(int group) const {
-        return min(chunks_per_group, num_chunks - group * chunks_per_group);
+    // Those and the new key.
+    __device__ int num_keys(int tile) const {
+        return min(NUMERICS_TILE, position - tile * NUMERICS_TILE + 1);
+    }
+    // Pieces of K, and of V, of a tile; one that holds the new key alone is empty on arrival.
+    __device__ int halves(int tile) const { return (num_keys(tile) + kPieceKeys - 1) / kPieceKeys; }
+    // K and V of each tile; only the last tile may have a single half.
+    __device__ int num_pieces() const {
+        return 2 * (2 * (num_tiles - 1) + halves(first_tile + num_tiles - 1));
     }
 };
+
+// Calls visit(task) for each task of this block, in one order for the producer and the consumers.
+template <typename Visit>
+static __device__ __forceinline__ void for_own_tasks(const StepShared &shared, const StepArguments &args,
+                                                     Visit visit) {
+    // The last blocks first: of weight rows they have the fewest.
+    int next = (int)(gridDim.x - 1 - blockIdx.x), heads = args.problem.num_kv_heads;
+#pragma unroll 1
+    for (int sequence = 0; sequence < args.num_seqs; ++sequence) {
+        int position = shared.positions[sequence];
+        int num_segments = position / kSegmentKeys + 1, num_tasks = num_segments * heads;
+#pragma unroll 1
+        for (; next < num_tasks; next += (int)gridDim.x) {
+            AttentionTask task;
+            task.sequence = sequence;
+            task.segment = next / heads;
+            task.kv_head = next - task.segment * heads;
+            task.position = position;
+            task.num_segments = num_segments;
+            task.first_tile = task.segment * NUMERICS_SEGMENT;
+            task.num_tiles = min(NUMERICS_SEGMENT, position / NUMERICS_TILE + 1 - task.first_tile);
+            visit(task);
+        }
+        next -= num_tasks;
+    }
+}

@@ -147,6 +147,7 @@ typedef struct DecodeLayer {
 typedef struct DecodeProblem {
     int num_layers;
     int hidden_size;
+    int intermediate_size;
     int num_heads;
     int num_kv_heads;
     float eps;

@@ -43,7 +43,8 @@ struct FewShape {
 
 // Starts the copy of one stage: a strip of each group of eight rows, which are k_tiles strips apart.
 template <typename Shape>
-static __device__ __forceinline__ void fill_stage(uint32_t stage, const bf16 *strip, int k_tiles, int lane) {
+static __device__ __forceinline__ void fill_stage(uint32_t stage, const bf16 *strip, int k_tiles,
+                                                  int lane) {
     constexpr int kChunks = Shape::kStageValues / kChunkValues;
     constexpr int kStripChunks = kStripValues / kChunkValues;
 #pragma unroll
@@ -80,8 +81,8 @@ static __global__ void __launch_bounds__(FewShape<kTokenFragments, kRowFragments
     auto fill = [&](int s) {
         int k_tile = k_tile_of(s);
         if (k_tile < k_tiles) {
-            fill_stage<Shape>(ring + s % kStages * kStageBytes, band + (size_t)k_tile * kStripValues, k_tiles,
-                              lane);
+            fill_stage<Shape>(ring + s % kStages * kStageBytes, band + (size_t)k_tile * kStripValues,
+                              k_tiles, lane);
         }
         copy_async_commit();  // an empty group keeps the count
     };

@@ -79,7 +79,8 @@ static __device__ __forceinline__ void copy_weights(uint32_t weight_strips, uint
     __syncwarp();  // the bytes are expected before the first arrive
     if (lane < count) {
         size_t strip = (size_t)(first_strip + lane) * place.k_tiles + k_tile;
-        copy_bulk(weight_strips + lane * kStripBytes, problem.weight + strip * kStripValues, kStripBytes, full);
+        copy_bulk(weight_strips + lane * kStripBytes, problem.weight + strip * kStripValues, kStripBytes,
+                  full);
     }
 }
 

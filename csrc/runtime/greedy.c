@@ -14,6 +14,7 @@ Status prepare_decode(Engine *e) {
     DecodeProblem problem = {
         .num_layers = c->num_layers,
         .hidden_size = c->hidden_size,
+        .intermediate_size = c->intermediate_size,
         .num_heads = c->num_heads,
         .num_kv_heads = c->num_kv_heads,
         .eps = c->rms_norm_eps,

@@ -1,0 +1,83 @@
+// decode_output.cuh -- the end of a step in the persistent decode kernel: arg-max over the grid, and the
+// next step's input.
+
+#pragma once
+#include "decode_step.cuh"
+
+// A logit and where it stands; the better of two is the larger value, then the lower id; NaN above every
+// number.
+struct Candidate {
+    float value;
+    int id;
+
+    __device__ void take_better(float other, int other_id) {
+        bool is_nan = value != value, other_is_nan = other != other;
+        bool is_better = is_nan != other_is_nan      ? other_is_nan
+                         : !is_nan && value != other ? other > value
+                                                     : other_id < id;
+        if (is_better) {
+            value = other;
+            id = other_id;
+        }
+    }
+    __device__ void take_best_of_warp() {
+#pragma unroll
+        for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+            float other = __shfl_xor_sync(kFullWarp, value, offset);
+            int other_id = __shfl_xor_sync(kFullWarp, id, offset);
+            take_better(other, other_id);
+        }
+    }
+};
+static __device__ __forceinline__ Candidate no_candidate() {
+    return {__int_as_float(0xff800000), 0x7fffffff};
+}
+
+// Each thread's best logit of its token to the token's best of the whole grid; a warp per token.
+static __device__ __forceinline__ void argmax_phase(StepShared &shared, const StepArguments &args,
+                                                    Candidate own) {
+    float *values = &shared.sums[0][0];
+    int *ids = reinterpret_cast<int *>(values + kConsumers);
+    int token = (int)threadIdx.x / kWarp, lane = (int)threadIdx.x % kWarp;
+    consumer_barrier();  // the last sums are read
+    values[threadIdx.x] = own.value;
+    ids[threadIdx.x] = own.id;
+    consumer_barrier();  // the threads' candidates visible to the warps that compare them
+    if (token < args.num_seqs) {
+        Candidate best = no_candidate();
+        // Thread i held outputs i mod 64, so those of token t are the eight from 8 t in each 64.
+#pragma unroll 1
+        for (int i = lane; i < kConsumers / kStepTokens; i += kWarp) {
+            int thread = i / kUnitRows * kOutputs + token * kUnitRows + i % kUnitRows;
+            best.take_better(values[thread], ids[thread]);
+        }
+        best.take_best_of_warp();
+        if (lane == 0) {
+            args.best_values[blockIdx.x * kStepTokens + token] = best.value;
+            args.best_ids[blockIdx.x * kStepTokens + token] = best.id;
+            fence_gpu();  // the block's candidate is out before the block reports
+        }
+    }
+    consumer_barrier();  // every token's
+    if (threadIdx.x == 0) shared.is_last = atomicAdd(&args.counters->finished, 1) == gridDim.x - 1;
+    consumer_barrier();  // the verdict visible to every thread
+    if (!shared.is_last) return;
+    fence_gpu();  // the other blocks' candidates after their reports
+    if (token < args.num_seqs) {
+        Candidate best = no_candidate();
+#pragma unroll 1
+        for (int i = lane; i < (int)gridDim.x; i += kWarp)
+            best.take_better(__ldcg(args.best_values + i * kStepTokens + token),
+                             __ldcg(args.best_ids + i * kStepTokens + token));
+        best.take_best_of_warp();
+        if (lane == 0) {
+            args.problem.next_ids[token] = best.id;
+            if (args.advance) {
+                args.input_ids[token] = best.id;
+                args.seq_lens[token]++;
+                args.positions[token]++;
+            }
+        }
+    }
+    if (threadIdx.x == 0) args.counters->finished = args.counters->arrivals = 0;  // for the next launch
+}

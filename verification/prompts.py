@@ -213,5 +213,10 @@ def default_selection(model_name: str) -> str:
     return "quick" if model_name.startswith("toy") else "standard"
 
 
+def recorded_selection(model_name: str) -> str:
+    """The prompts that goldens are made of: the short set for toys, else every one."""
+    return "quick" if model_name.startswith("toy") else "all"
+
+
 def _is_for(spec: PromptSpec, model_name: str) -> bool:
     return model_name.startswith(spec.models)

@@ -19,12 +19,16 @@ CLANG_FORMAT := .venv/bin/clang-format
 PACKAGES := .venv/.installed
 endif
 
-# nvcc: CUDA_HOME, then PATH, then the PyPI toolkit in the environment. CUDA=none builds the twin alone.
+# nvcc: CUDA_HOME, then PATH, then the PyPI toolkit in the environment. CUDA=wheel takes only the last, and
+# fetches it where it is missing; CUDA=none builds the twin alone. Relative, for paths with spaces.
+WHEEL_CUDA := $(shell $(PYTHON) -c "import os, nvidia.cu13 as c; print(os.path.relpath(list(c.__path__)[0]))" 2>/dev/null)
+WHEEL_NVCC := $(wildcard $(WHEEL_CUDA)/bin/nvcc)
 ifeq ($(CUDA),none)
 NVCC :=
+else ifeq ($(CUDA),wheel)
+NVCC := $(WHEEL_NVCC)
 else
-WHEEL_CUDA := $(shell $(PYTHON) -c "import nvidia.cu13 as c; print(list(c.__path__)[0])" 2>/dev/null)
-NVCC := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc 2>/dev/null) $(wildcard $(WHEEL_CUDA)/bin/nvcc))
+NVCC := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc 2>/dev/null) $(WHEEL_NVCC))
 endif
 
 LIBRARY := engine/libengine.so
@@ -40,7 +44,7 @@ LINK = $(CC) -shared -pthread -Wl,--no-undefined -o $@ $(OBJECTS) -lm
 else
 C_FILES += $(filter-out csrc/kernels/no_cuda.c,$(wildcard csrc/kernels/*.c))
 CU_FILES := $(wildcard csrc/kernels/*.cu)
-NVCC_ROOT := $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
+NVCC_ROOT := $(patsubst %/bin/,%,$(dir $(or $(realpath $(NVCC)),$(NVCC))))
 # The wheel's toolkit keeps its libraries in lib, a system's in lib64; naming both serves either.
 LINK = "$(NVCC)" -shared -cudart static -L"$(NVCC_ROOT)/lib" -L"$(NVCC_ROOT)/lib64" -Xcompiler -pthread \
        -Xlinker --no-undefined -o $@ $(OBJECTS) -lm
@@ -48,7 +52,7 @@ endif
 OBJECTS := $(patsubst csrc/%,build/%.o,$(C_FILES) $(CU_FILES))
 
 .DEFAULT_GOAL := build
-.PHONY: help build verify test mutants golden bench lint format clean cuda-wheel FORCE
+.PHONY: help build verify test mutants golden bench lint format clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -91,16 +95,6 @@ clean:  ## what was built; .venv and the model cache stay
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-ifeq ($(CUDA),wheel)
-ifneq ($(VENV),system)
-$(OBJECTS): .venv/.cuda
-.venv/.cuda: .venv/.installed
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check "cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]==13.0.2"
-	@touch $@
-	@echo "the CUDA toolkit is in .venv now: run make again to build with it" && false
-endif
-endif
-
 # Written on every run, changed only when its content changes: what the objects were built from and with.
 build/source_stamp: FORCE
 	@mkdir -p build && python3 engine/source_stamp.py > $@.new
@@ -119,8 +113,15 @@ build/%.cu.o: csrc/%.cu build/flags
 	@mkdir -p $(@D) && echo "  nvcc  $<"
 	$(Q)"$(NVCC)" $(NVFLAGS) -MMD -MP -c $< -o $@
 
+ifeq ($(CUDA)$(NVCC),wheel)
+$(LIBRARY): $(PACKAGES)
+	@echo "fetching the CUDA toolkit's wheels (once)"
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check "cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]==13.0.2"
+	@$(MAKE) --no-print-directory CUDA=wheel $@
+else
 $(LIBRARY): $(OBJECTS)
 	@echo "  link  $@"
 	$(Q)$(LINK)
+endif
 
 -include $(OBJECTS:.o=.d)

@@ -97,6 +97,7 @@ class TokenResult:
     engine_text: str
     gap: float  # oracle logits: how far the engine's token is below the best
     sigma: float  # the yardstick's error there
+    lead: float  # oracle logits: how far the best is ahead of the second
     status: str  # equal, tie or fail
 
 

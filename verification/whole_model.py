@@ -124,6 +124,7 @@ class WholeModelGrader:
                         self._text(token.engine_id),
                         token.gap,
                         token.sigma,
+                        token.lead,
                         token.status,
                     )
                 )

@@ -50,7 +50,7 @@ def test_what_json_cannot_say_is_said_otherwise():
 
 
 def test_tokens_are_nested_by_prompt():
-    token = TokenResult(3, 1, "a", 1, "a", 0.0, 0.1, "equal")
+    token = TokenResult(3, 1, "a", 1, "a", 0.0, 0.1, 2.0, "equal")
     written = results(tokens=(PromptTokens("p", (token,)),)).to_json()
 
     assert written["tokens"] == [
@@ -65,6 +65,7 @@ def test_tokens_are_nested_by_prompt():
                     "engine_text": "a",
                     "gap": 0.0,
                     "sigma": 0.1,
+                    "lead": 2.0,
                     "status": "equal",
                 }
             ],

@@ -44,7 +44,7 @@ LINK = $(CC) -shared -pthread -Wl,--no-undefined -o $@ $(OBJECTS) -lm
 else
 C_FILES += $(filter-out csrc/kernels/no_cuda.c,$(wildcard csrc/kernels/*.c))
 CU_FILES := $(wildcard csrc/kernels/*.cu)
-NVCC_ROOT := $(patsubst %/bin/,%,$(dir $(or $(realpath $(NVCC)),$(NVCC))))
+NVCC_ROOT := $(if $(filter $(NVCC),$(WHEEL_NVCC)),$(WHEEL_CUDA),$(patsubst %/bin/,%,$(dir $(realpath $(NVCC)))))
 # The wheel's toolkit keeps its libraries in lib, a system's in lib64; naming both serves either.
 LINK = "$(NVCC)" -shared -cudart static -L"$(NVCC_ROOT)/lib" -L"$(NVCC_ROOT)/lib64" -Xcompiler -pthread \
        -Xlinker --no-undefined -o $@ $(OBJECTS) -lm

@@ -151,6 +151,8 @@ def _generate(options: argparse.Namespace, make_runner: RunnerFactory, bar: Prog
     opened = _open_runner(make_runner, directory, options, len(prompt_ids), max_tokens, bar)
     with opened.runner as runner:
         bar.close()
+        for name, count in runner.not_finite.items():
+            print(f"warning: {name} has {count} NaN or infinite weights", file=sys.stderr)
         decoder = GreedyDecoder(
             runner, opened.engine_config, prompt_ids, max_tokens, config.eos_token_ids
         )

@@ -17,9 +17,12 @@ from tests.engine.test_generate import EOS, ScriptedRunner
 class FakeModel(ScriptedRunner):
     """A runner that answers "hi é!" and can be told to fail."""
 
-    def __init__(self, failure: Exception | None = None) -> None:
+    def __init__(
+        self, failure: Exception | None = None, not_finite: dict[str, int] | None = None
+    ) -> None:
         super().__init__([*"hi é!".encode(), EOS])
         self.failure = failure
+        self.not_finite = not_finite or {}
         self.is_closed = False
 
     def forward(self, batch):
@@ -235,3 +238,11 @@ def test_help_imports_neither_torch_nor_transformers_nor_the_library():
         cwd=Path(__file__).parents[2],
         capture_output=True,
     )
+
+
+def test_weights_that_are_not_finite_are_reported_by_name(capsys: pytest.CaptureFixture):
+    factory = Factory(not_finite={"model.norm.weight": 3})
+
+    assert generate("--device", "cpu", "hello", factory=factory) == 0
+
+    assert "model.norm.weight has 3 NaN or infinite weights" in capsys.readouterr().err

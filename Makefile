@@ -52,7 +52,7 @@ endif
 OBJECTS := $(patsubst csrc/%,build/%.o,$(C_FILES) $(CU_FILES))
 
 .DEFAULT_GOAL := build
-.PHONY: help build verify test mutants golden bench lint format clean FORCE
+.PHONY: help build verify test mutants evidence golden bench lint format clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -68,6 +68,9 @@ test: $(LIBRARY) $(PACKAGES)  ## the tests; TIER=fast leaves out the slow ones
 
 mutants: $(LIBRARY) $(PACKAGES)  ## plant every fault of the catalogue in turn: all must be found and named
 	$(PYTHON) -m verification.mutants $(ARGS)
+
+evidence: $(PACKAGES)  ## docs/evidence.md, made of the records of the last runs in docs/evidence/
+	@$(PYTHON) -m verification.evidence_page $(ARGS)
 
 golden: $(LIBRARY) $(PACKAGES)  ## record golden/ again; refuses a dirty tree, shows what changed
 	$(PYTHON) -m verification.record $(ARGS)

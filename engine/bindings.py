@@ -21,6 +21,7 @@ from engine.errors import (
     InvalidArgument,
     OutOfMemory,
 )
+from engine.sampling import Logprobs, SamplingBatch
 from engine.source_stamp import source_stamp
 from engine.tap import Tap, TapPoint
 
@@ -256,6 +257,8 @@ class Engine:
         taps: Sequence[Tap] = (),
         logits: np.ndarray | None = None,
         next_ids: np.ndarray | None = None,
+        sampling: SamplingBatch | None = None,
+        logprobs: Logprobs | None = None,
     ) -> None:
         """Run one step.
 
@@ -263,12 +266,16 @@ class Engine:
             batch: the step's sequences.
             taps: values to copy out or to replace.
             logits: written, float32 [num_logits, vocab_size], or None.
-            next_ids: written with each row's arg-max, int32 [num_logits], or None.
+            next_ids: written with each row's token, int32 [num_logits], or None.
+            sampling: how each row's token is chosen; None: the arg-max.
+            logprobs: written where rows ask for it, or None.
 
         Raises:
             InvalidArgument: a field of the batch or a tap, by name; nothing was computed.
             DeviceFailed: the device failed; this engine is dead.
         """
+        if sampling is not None:
+            raise InvalidArgument("sampling is not in this build yet: only greedy rows are served")
         struct = self.library.batch(batch)
         num_logits = len(batch.logits_indices)
         if logits is not None:

@@ -13,6 +13,7 @@ from engine.batch import Batch
 from engine.bindings import Engine, Library, Tap, TapPoint
 from engine.checkpoint import open_checkpoint
 from engine.config import EngineConfig, ModelConfig
+from engine.sampling import Logprobs, SamplingBatch
 
 # Told after each tensor: how many are loaded, of how many, and the last one's name.
 LoadProgress = Callable[[int, int, str], None]
@@ -20,10 +21,11 @@ LoadProgress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class StepOutput:
-    """A step's float32 logits [num_logits, vocab_size] and int32 next_ids [num_logits]."""
+    """What a step gives back, one row per row of logits that was asked for."""
 
-    logits: np.ndarray
-    next_ids: np.ndarray
+    logits: np.ndarray | None  # [num_logits, vocab_size] float32, unmodified; None: not wanted
+    next_ids: np.ndarray  # [num_logits] int32: each row's arg-max, or the token drawn
+    logprobs: Logprobs | None = None  # None: no row asked
 
 
 class ModelRunner:
@@ -67,15 +69,30 @@ class ModelRunner:
                 self.engine.close()
                 raise
 
-    def forward(self, batch: Batch, taps: Sequence[Tap] = ()) -> StepOutput:
-        """Run one step; see engine.bindings.Engine.forward."""
+    def forward(
+        self,
+        batch: Batch,
+        taps: Sequence[Tap] = (),
+        sampling: SamplingBatch | None = None,
+        wants_logits: bool = True,
+    ) -> StepOutput:
+        """Run one step; see engine.bindings.Engine.forward.
+
+        Args:
+            batch: the step's sequences.
+            taps: values to copy out or to replace.
+            sampling: how each row's token is chosen and scored; None: the arg-max.
+            wants_logits: whether the logits come back; they are most of what a step copies.
+        """
         num_logits = len(batch.logits_indices)
-        output = StepOutput(
-            logits=np.empty((num_logits, self.config.vocab_size), np.float32),
-            next_ids=np.empty(num_logits, np.int32),
-        )
-        self.engine.forward(batch, taps, output.logits, output.next_ids)
-        return output
+        logits, logprobs = None, None
+        if wants_logits:
+            logits = np.empty((num_logits, self.config.vocab_size), np.float32)
+        if sampling is not None and sampling.max_logprobs is not None:
+            logprobs = Logprobs.empty(num_logits, sampling.max_logprobs)
+        next_ids = np.empty(num_logits, np.int32)
+        self.engine.forward(batch, taps, logits, next_ids, sampling, logprobs)
+        return StepOutput(logits, next_ids, logprobs)
 
     def tap_buffer(self, point: TapPoint, batch: Batch) -> np.ndarray:
         """An array of the right shape and dtype for a tap of this batch."""

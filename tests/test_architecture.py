@@ -26,6 +26,8 @@ PURE = (
     "json_file",
     "source_stamp",
     "batch",
+    "sampling",
+    "sampling_params",
     "checkpoint",
     "safetensors_file",
     "tokenizer",

@@ -7,6 +7,7 @@ from engine.errors import (
     EngineError,
     InvalidArgument,
     OutOfMemory,
+    QueueFull,
 )
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "EngineError",
     "InvalidArgument",
     "OutOfMemory",
+    "QueueFull",
 ]

@@ -1,4 +1,4 @@
-"""The engine's exceptions: one base, five kinds; a message says field, limit and value."""
+"""The engine's exceptions: one base, six kinds; a message says field, limit and value."""
 
 
 class EngineError(Exception):
@@ -7,6 +7,10 @@ class EngineError(Exception):
 
 class InvalidArgument(EngineError, ValueError):
     """The caller's data is out of range; nothing was changed, the engine stays usable."""
+
+
+class QueueFull(EngineError):
+    """As many sequences wait as the engine was told to let wait; try again later."""
 
 
 class CheckpointError(EngineError, ValueError):

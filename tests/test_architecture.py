@@ -33,6 +33,10 @@ PURE = (
     "tokenizer",
     "models",
     "sources",
+    "sequence",
+    "block_manager",
+    "running_batch",
+    "scheduler",
 )
 
 

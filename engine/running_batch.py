@@ -1,0 +1,140 @@
+"""The running sequences as arrays, a row each, updated in place from step to step.
+
+Lays out each step's index arrays without a loop over sequences: at 256 of them the host's work is a
+few array operations. Decides nothing. Invariant: rows 0 .. num_seqs - 1 are in use, and every
+array's row i is about `sequences[i]`.
+"""
+
+import numpy as np
+
+from engine.batch import Batch
+from engine.sequence import Sequence
+
+
+class RunningBatch:
+    """Rows for up to max_num_seqs sequences of up to max_seq_len tokens."""
+
+    def __init__(self, max_num_seqs: int, max_seq_len: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.sequences: list[Sequence] = []
+        self.num_watched = 0
+        self.num_prompt_readers = 0  # those that want prompt logits
+        max_blocks = -(-max_seq_len // block_size)
+        self.token_ids = np.zeros((max_num_seqs, max_seq_len), np.int32)
+        self.block_tables = np.zeros((max_num_seqs, max_blocks), np.int32)
+        self.num_tokens = np.zeros(max_num_seqs, np.int32)  # known: prompt and answer so far
+        self.num_computed = np.zeros(max_num_seqs, np.int32)  # in the cache
+        self.num_blocks = np.zeros(max_num_seqs, np.int32)  # of block_tables in use
+        self.num_full = np.zeros(max_num_seqs, np.int32)  # blocks full and declared so
+        self.max_num_tokens = np.zeros(max_num_seqs, np.int32)
+        self.min_num_tokens = np.zeros(max_num_seqs, np.int32)
+        self.ignores_eos = np.zeros(max_num_seqs, bool)
+        self.priorities = np.zeros(max_num_seqs, np.int32)
+        self._arrays = [array for array in vars(self).values() if isinstance(array, np.ndarray)]
+        self._counting = np.arange(max_num_seqs + 1, dtype=np.int32)
+
+    @property
+    def num_seqs(self) -> int:
+        """Rows in use."""
+        return len(self.sequences)
+
+    def add(self, sequence: Sequence, num_computed: int) -> None:
+        """Give a sequence the next row; its block table covers all its tokens."""
+        row = sequence.row = self.num_seqs
+        self.sequences.append(sequence)
+        self.token_ids[row, : len(sequence.token_ids)] = sequence.token_ids
+        self.num_tokens[row] = len(sequence.token_ids)
+        self.num_computed[row] = num_computed
+        self.num_full[row] = num_computed // self.block_size
+        self.max_num_tokens[row] = sequence.max_num_tokens
+        self.min_num_tokens[row] = sequence.min_num_tokens
+        self.ignores_eos[row] = sequence.ignore_eos
+        self.priorities[row] = sequence.priority
+        self.num_watched += sequence.is_watched
+        self.num_prompt_readers += sequence.wants_prompt_logits
+        self.num_blocks[row] = 0
+        self.refresh_blocks(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, its tokens back into its list; the last row fills the gap."""
+        row = sequence.row
+        assert row is not None and self.sequences[row] is sequence, "the row is somebody else's"
+        sequence.token_ids = self.tokens(sequence)
+        self.num_watched -= sequence.is_watched
+        self.num_prompt_readers -= sequence.wants_prompt_logits
+        last = self.sequences.pop()
+        if last is not sequence:
+            for array in self._arrays:
+                array[row] = array[last.row]
+            self.sequences[row] = last
+            last.row = row
+        sequence.row = None
+
+    def tokens(self, sequence: Sequence) -> list[int]:
+        """All tokens of a running sequence."""
+        return self.token_ids[sequence.row, : self.num_tokens[sequence.row]].tolist()
+
+    def refresh_blocks(self, sequence: Sequence, start: int = 0) -> None:
+        """Take over a sequence's block table from index `start` on."""
+        table = sequence.block_table
+        self.block_tables[sequence.row, start : len(table)] = table[start:]
+        self.num_blocks[sequence.row] = len(table)
+
+    def lay_out(
+        self, num_new: np.ndarray, rows: np.ndarray | None, every: list[int] | None = None
+    ) -> Batch:
+        """The index arrays of a step in which row i computes its next num_new[i] tokens.
+
+        Args:
+            num_new: tokens per row in use, int32 [num_seqs], each at least 1.
+            rows: whose last token's logits are wanted, ascending; None: of every row.
+            every: rows that want the logits of each of their tokens.
+
+        Returns:
+            A batch; block_tables is a view of this object's array.
+        """
+        count = self.num_seqs
+        computed = self.num_computed[:count]
+        if len(num_new) == num_new.sum():  # all decode
+            cu_seqlens_q = self._counting[: count + 1]
+            owner = self._counting[:count]
+            positions = computed.copy()
+        else:
+            cu_seqlens_q = np.zeros(count + 1, np.int32)
+            np.cumsum(num_new, out=cu_seqlens_q[1:])
+            owner = np.repeat(self._counting[:count], num_new)  # the row of each token
+            positions = np.arange(cu_seqlens_q[-1], dtype=np.int32)
+            positions += (computed - cu_seqlens_q[:-1])[owner]
+        blocks, offsets = np.divmod(positions, self.block_size)
+        slots = self.block_tables[owner, blocks]
+        slots *= self.block_size
+        slots += offsets
+        ends = cu_seqlens_q[1:] if rows is None else cu_seqlens_q[1:][rows]
+        logits_indices = ends - 1
+        if every:
+            wanted = np.isin(owner, every)
+            wanted[logits_indices] = True
+            logits_indices = np.flatnonzero(wanted).astype(np.int32)
+        return Batch(
+            input_ids=self.token_ids[owner, positions],
+            positions=positions,
+            slot_mapping=slots,
+            cu_seqlens_q=cu_seqlens_q,
+            seq_lens=computed + num_new,
+            block_tables=self.block_tables[:count],
+            logits_indices=logits_indices,
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that rows and sequences agree."""
+        for row, sequence in enumerate(self.sequences):
+            assert sequence.row == row, f"row {row} belongs to {sequence.request_id}"
+            table = sequence.block_table
+            assert self.num_blocks[row] == len(table)
+            assert self.block_tables[row, : len(table)].tolist() == table, "tables differ"
+            known, computed = int(self.num_tokens[row]), int(self.num_computed[row])
+            assert 0 <= computed < known <= sequence.max_num_tokens, "nothing left to compute"
+            assert computed <= len(table) * self.block_size
+            assert self.num_full[row] == computed // self.block_size
+        watched = sum(sequence.is_watched for sequence in self.sequences)
+        assert self.num_watched == watched, "the count of watched sequences is wrong"

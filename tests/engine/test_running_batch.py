@@ -1,0 +1,89 @@
+"""The arrays updated in place lay out what build_batch makes of the same sequences."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.batch import SequenceSlice, build_batch
+from engine.running_batch import RunningBatch
+from engine.sequence import Sequence
+
+B = 4
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> list[tuple[list[int], int, int]]:
+    """(tokens, computed, new) of up to five sequences."""
+    drawn = []
+    for _ in range(draw(st.integers(1, 5))):
+        tokens = draw(st.lists(st.integers(0, 99), min_size=1, max_size=3 * B))
+        computed = draw(st.integers(0, len(tokens) - 1))
+        drawn.append((tokens, computed, draw(st.integers(1, len(tokens) - computed))))
+    return drawn
+
+
+def filled(drawn: list[tuple[list[int], int, int]], removed: list[int]) -> RunningBatch:
+    """A running batch of these rows, after others were there and left again."""
+    running = RunningBatch(16, 4 * B, B)
+    blocks = iter(np.random.default_rng(0).permutation(100).tolist())
+    others = []
+    for i, (tokens, computed, _) in enumerate(drawn):
+        if i in removed:
+            others.append(Sequence("other", [1] * (3 * B), 4 * B, is_watched=True))
+            others[-1].block_table = [next(blocks) for _ in range(3)]
+            running.add(others[-1], 2 * B)
+        sequence = Sequence(f"r{i}", tokens, 4 * B)
+        sequence.block_table = [next(blocks) for _ in range(-(-len(tokens) // B))]
+        running.add(sequence, computed)
+    for other in others:
+        running.remove(other)
+    return running
+
+
+@given(rows(), st.lists(st.integers(0, 4), max_size=3))
+def test_any_step_is_laid_out_as_from_scratch(drawn, removed):
+    running = filled(drawn, removed)
+    running.check_integrity()
+    by_name = {f"r{i}": row for i, row in enumerate(drawn)}
+    order = [by_name[sequence.request_id] for sequence in running.sequences]
+    num_new = np.array([new for _, _, new in order], np.int32)
+
+    batch = running.lay_out(num_new, None)
+
+    slices = [
+        SequenceSlice(tokens[computed : computed + new], computed, sequence.block_table)
+        for (tokens, computed, new), sequence in zip(order, running.sequences, strict=True)
+    ]
+    expected = build_batch(slices, B)
+    for name in ("input_ids", "positions", "slot_mapping", "cu_seqlens_q", "seq_lens"):
+        assert getattr(batch, name).tolist() == getattr(expected, name).tolist(), name
+        assert getattr(batch, name).dtype == np.int32, name
+    assert batch.logits_indices.tolist() == expected.logits_indices.tolist()
+    assert batch.block_tables.flags.c_contiguous
+    for row, end in enumerate(batch.seq_lens.tolist()):
+        used = -(-end // B)
+        assert (batch.block_tables[row, :used] == expected.block_tables[row, :used]).all()
+
+
+def test_the_logits_of_some_rows_and_of_every_token_of_others():
+    running = filled([(list(range(6)), 0, 1), (list(range(9)), 2, 1), (list(range(3)), 0, 1)], [])
+
+    batch = running.lay_out(np.array([2, 3, 3], np.int32), np.array([0, 2]), every=[1])
+
+    assert batch.logits_indices.tolist() == [1, 2, 3, 4, 7]
+    assert batch.logits_indices.dtype == np.int32
+
+
+def test_a_sequence_that_leaves_takes_its_tokens_along_and_is_not_counted():
+    running = RunningBatch(4, 16, B)
+    first, second = (Sequence(f"r{i}", [i, i], 8, is_watched=True) for i in range(2))
+    for item in (first, second):
+        item.block_table = [item.token_ids[0]]
+        running.add(item, 0)
+    running.token_ids[0, 2], running.num_tokens[0] = 7, 3
+
+    running.remove(first)
+
+    assert first.token_ids == [0, 0, 7] and first.row is None
+    assert (second.row, running.num_seqs, running.num_watched) == (0, 1, 1)
+    running.check_integrity()

@@ -6,7 +6,7 @@ So the first is: lowest level, then earliest in the forward pass, then prefill b
 the prompt that came first.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.config import ModelConfig
 from verification.compare import Verdict
@@ -41,6 +41,7 @@ class Finding:
     position: int | None = None
     level: str | None = None
     operator: str | None = None  # that of the tap if not given
+    diagnosis: str | None = None  # the known wrong variant that the values are
 
 
 @dataclass
@@ -59,6 +60,10 @@ class Findings:
     def ordered(self) -> list[Finding]:
         """The findings, nearest to the cause first."""
         return sorted(self.failed, key=self._order)  # stable: prompts keep their order
+
+    def explain(self, finding: Finding, diagnosis: str | None) -> None:
+        """Adds what was done instead to a finding of this run."""
+        self.failed[self.failed.index(finding)] = replace(finding, diagnosis=diagnosis)
 
     def first(self) -> Failure | None:
         """The first failure, written out."""
@@ -88,6 +93,7 @@ class Findings:
             budget=element.budget if element else None,
             grade=finding.grade,
             message=finding.verdict.reason or "failed",
+            diagnosis=finding.diagnosis,
         )
 
     def _order(self, finding: Finding) -> tuple[int, tuple[int, int], bool, bool]:

@@ -9,12 +9,17 @@ from collections.abc import Callable, Collection
 
 from engine.config import ModelConfig
 from verification import compare
-from verification.expected import LayerTruth, RopeRows
+from verification.diagnosis.library import diagnosis_of, few_logits
+from verification.diagnosis.scene import Scene
+from verification.expected import Bounded, LayerTruth, RopeRows, expected_logits
 from verification.layer_grader import LayerGrader, Pool, PoolKey
 from verification.localise import Finding, Findings
 from verification.oracle import Reference
 from verification.passes import Pass
+from verification.replay import Replayed
 from verification.results import Cell, no_histogram
+from verification.taps import POINT
+from verification.truth import LinearTruth
 from verification.workers import in_order
 
 
@@ -52,6 +57,7 @@ class OperatorGrader:
         Args:
             says: told the layer after each one.
         """
+        known = len(self._findings.failed)
 
         def work(layer: int) -> LayerGrader:
             truth = LayerTruth(self._reference, self._config, layer, self._rope)
@@ -69,6 +75,26 @@ class OperatorGrader:
                 total = self.histograms[tap]
                 total[:] = [a + b for a, b in zip(total, counts, strict=True)]
             says(layer)
+        self._diagnose(runs, known)
+
+    def _diagnose(self, runs: Collection[Pass], known: int) -> None:
+        """Explains the first failure if these passes brought it: others follow from it."""
+        first = next(iter(self._findings.ordered()), None)
+        if first is None or first not in self._findings.failed[known:]:
+            return
+        run = next(run for run in runs if (run.mode, run.phase) == (first.mode, first.phase))
+        weight = self._reference.weight
+        run = few_logits(run) if first.tap == "logits" else run
+        scene = Scene(self._config, first.tap, first.layer, run, self._rope, weight)
+        self._findings.explain(first, diagnosis_of(scene, self._expected(scene)))
+
+    def _expected(self, scene: Scene) -> Replayed | Bounded:
+        layer = scene.layer if POINT[scene.tap].in_layer else self._config.num_layers - 1
+        if scene.tap == "logits":
+            truth = LinearTruth([scene.own_weight()])
+            return expected_logits(truth, *scene.inputs())
+        truth = LayerTruth(self._reference, self._config, layer, self._rope)
+        return truth.expect(scene.tap, scene.run)
 
     def finish(self) -> None:
         """Judges what is pooled over all prompts: the share of differing values."""

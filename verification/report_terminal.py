@@ -239,6 +239,7 @@ def _failure(results: dict) -> Panel:
         ("got", f"{full(f.get('got'))}   expected {full(f.get('expected'))}"),
         ("error", "   ".join(part for part in (ulps, budget) if part)),
         ("", f.get("message")),
+        ("diagnosis", f.get("diagnosis")),
     )
     grid = Table.grid(padding=(0, 2))
     for name, value in rows:

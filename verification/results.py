@@ -72,6 +72,7 @@ class Failure:
     budget: float | None
     grade: str
     message: str
+    diagnosis: str | None = None  # the known wrong variant that the values are, in words
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ from torch import Tensor
 from engine.config import ModelConfig
 from verification import compare, measure
 from verification.compare import Verdict
+from verification.diagnosis import caches, rotations
+from verification.diagnosis.fit import diagnose
 from verification.engine_runs import GroupRun, ModeRun
 from verification.localise import Finding, Findings
 from verification.measure import Element
 from verification.oracle import Reference
 from verification.passes import LOCAL, Pass, Segment
-from verification.replay import rope_table
+from verification.replay import Replayed, rope_table
 from verification.results import Cell
 from verification.rounding import same_bits, ulp_distance
 
@@ -67,6 +69,7 @@ class StateGrader:
             if not verdict.passed:
                 element, side = _cache_element(expected, got)
                 named = compare.failed(f"{side}: {verdict.reason}")
+                diagnosis = self._cache_diagnosis(run, mode, each, layer)
                 self.findings.add(
                     Finding(
                         each.mode,
@@ -78,12 +81,14 @@ class StateGrader:
                         named,
                         element,
                         element.row,
+                        diagnosis=diagnosis,
                     )
                 )
 
     def _grade_argmax(self, each: Pass, next_ids: np.ndarray) -> None:
-        logits = each.outputs["logits", 0].numpy()
-        best = logits.argmax(-1)  # the lowest index, and a NaN before any number
+        best = (
+            each.outputs["logits", 0].numpy().argmax(-1)
+        )  # the lowest index, and a NaN before any number
         for segment in each.segments:
             rows = segment.logit_rows
             wrong = np.flatnonzero(next_ids[rows] != best[rows])
@@ -98,6 +103,8 @@ class StateGrader:
                 row = rows.start + int(wrong[0])
                 element = Element(row, 0, float(next_ids[row]), float(best[row]), None, None)
                 position = int(each.positions[each.logit_rows[row]])
+                ids, right = (torch.from_numpy(array).long() for array in (next_ids, best))
+                diagnosis = diagnose(caches.argmax(each.outputs["logits", 0]), ids, right)
                 self.findings.add(
                     Finding(
                         each.mode,
@@ -109,6 +116,7 @@ class StateGrader:
                         verdict,
                         element,
                         position,
+                        diagnosis=diagnosis,
                     )
                 )
 
@@ -160,8 +168,22 @@ class StateGrader:
                     verdict,
                     element,
                     positions[element.row],
+                    diagnosis=self._table_diagnosis(got, torch.tensor(positions), expected),
                 )
             )
+
+    def _table_diagnosis(self, got: Tensor, positions: Tensor, right: Replayed) -> str | None:
+        return diagnose(rotations.rope_table(self.config, positions), got, right)
+
+    def _cache_diagnosis(self, run: GroupRun, mode: ModeRun, each: Pass, layer: int) -> str | None:
+        """What the longest sequence's slots hold instead; asked once in a run."""
+        if any(finding.tap == "write_kv_cache" for finding in self.findings.failed):
+            return None
+        slots = mode.kv_slots[each.phase]
+        index = max(range(len(slots)), key=lambda index: len(slots[index]))
+        right = torch.cat(each.keys(layer, index), 1)
+        guesses = caches.write_kv_cache(each, layer, index)
+        return diagnose(guesses, run.read_kv(layer, slots[index]), right)
 
     def _add_cell(
         self,

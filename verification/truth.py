@@ -71,7 +71,12 @@ KEY_TILE = 128  # keys per attention tile, docs/numerics.md; only the number of 
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, first_position: int, head_dim: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first_position: int,
+    head_dim: int,
+    visible: Tensor | None = None,
 ) -> AttentionExpected:
     """Attention of consecutive tokens of one sequence over its keys.
 
@@ -79,6 +84,7 @@ def attention(
         q: bfloat16 [rows, num_heads * head_dim]; row i is at position first_position + i.
         k, v: bfloat16 [num_keys, num_kv_heads * head_dim] from position 0 on; num_keys > last
             position.
+        visible: bool [rows, num_keys], another mask than the causal one (for wrong variants).
     """
     rows, num_keys = len(q), len(k)
     num_heads, num_kv_heads = q.shape[1] // head_dim, k.shape[1] // head_dim
@@ -87,8 +93,9 @@ def attention(
     k_heads = k.view(num_keys, num_kv_heads, head_dim).to(torch.float64)
     v_heads = v.view(num_keys, num_kv_heads, head_dim).to(torch.float64)
     positions = torch.arange(first_position, first_position + rows)
-    hidden = torch.arange(num_keys)[None, :] > positions[:, None]  # [rows, num_keys]
-    hidden = hidden[:, None, :]
+    if visible is None:
+        visible = torch.arange(num_keys)[None, :] <= positions[:, None]  # [rows, num_keys]
+    hidden = ~visible[:, None, :]
     scale = 1.0 / math.sqrt(head_dim)
 
     value = torch.empty(rows, num_kv_heads, group, head_dim, dtype=torch.float64)

@@ -143,6 +143,7 @@ def failing_run() -> dict:
         "budget": 0.0078125,
         "grade": "exact",
         "message": "29 % of the values differ; the halves of each head look exchanged " + MARKUP,
+        "diagnosis": "your output equals transformers with adjacent-pair RoPE (to the bit)",
     }
     return run
 

@@ -86,6 +86,7 @@ def test_pass_fail_and_not_run_look_different():
     assert "class='stamp bad'>fail" in pages["fail"]
     assert "badge bad" not in pages["pass"]
     assert "First failure: rotary_embedding" in pages["fail"]
+    assert "your output equals transformers with adjacent-pair RoPE" in pages["fail"]
     assert "First failure" not in pages["pass"]
     assert "transformers is not installed" in pages["not run"]
     assert "badge ok" not in pages["not run"]

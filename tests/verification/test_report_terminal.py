@@ -89,6 +89,13 @@ def test_the_report_fits_its_width():
     assert not any(line.endswith(" ") for line in table)
 
 
+def test_the_first_failure_says_what_was_done_instead():
+    text = printed(samples.failing_run())
+
+    assert "diagnosis" in text
+    assert "your output equals transformers with adjacent-pair RoPE" in text
+
+
 def test_text_from_a_prompt_cannot_steer_the_terminal():
     run = samples.failing_run()
     run["first_failure"]["message"] = "bell \x07, clear \x1b[2J, [bold]markup[/bold], \u202egnp"

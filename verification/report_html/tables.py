@@ -103,6 +103,7 @@ def first_failure(results: dict) -> str:
         ("expected", full(found.get("expected"))),
         ("apart", None if found.get("ulps") is None else f"{found['ulps']} ULP"),
         ("budget", None if found.get("budget") is None else f"{found['budget']:.6g}"),
+        ("diagnosis", found.get("diagnosis")),
     )
     items = "".join(
         f"<div><dt>{name}</dt><dd>{escape(content)}</dd></div>" for name, content in rows if content

@@ -7,6 +7,8 @@ are in its row of the running batch (`row` is not None); otherwise `token_ids` h
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engine.sampling import SequenceSampler
+
 # A request of priority p queues as one that arrived p * PRIORITY_STEP requests later: whoever waits
 # is overtaken by a bounded number, so no priority can starve another.
 PRIORITY_STEP = 1000
@@ -30,6 +32,7 @@ class Sequence:
         stop_token_ids: further tokens that end it.
         wants_prompt_logits: the logits of every prompt token are wanted, so all are computed.
         is_watched: whether somebody looks at every token as it comes.
+        sampler: how its next token is chosen; None: by arg-max.
         followers: sequences of the same prompt that start once this one's is computed.
     """
 
@@ -44,6 +47,7 @@ class Sequence:
     stop_token_ids: frozenset[int] = frozenset()
     wants_prompt_logits: bool = False
     is_watched: bool = False
+    sampler: SequenceSampler | None = None
     followers: list["Sequence"] = field(default_factory=list)
 
     block_table: list[int] = field(default_factory=list)

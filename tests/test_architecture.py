@@ -37,6 +37,11 @@ PURE = (
     "block_manager",
     "running_batch",
     "scheduler",
+    "outputs",
+    "answer_text",
+    "request",
+    "request_checks",
+    "llm_engine",
 )
 
 

@@ -12,6 +12,7 @@ from hashlib import blake2b
 import numpy as np
 
 from engine.batch import Batch
+from engine.sampling import Logprobs, SamplingBatch
 
 POISON = -1
 
@@ -22,6 +23,7 @@ class Output:
 
     logits: np.ndarray
     next_ids: np.ndarray
+    logprobs: Logprobs | None = None
 
 
 def next_id(tokens: Sequence[int], vocab_size: int) -> int:
@@ -32,6 +34,31 @@ def next_id(tokens: Sequence[int], vocab_size: int) -> int:
 def hash_of(tokens: Sequence[int]) -> int:
     digest = blake2b(np.asarray(tokens, np.int64).tobytes(), digest_size=7).digest()
     return int.from_bytes(digest, "little")
+
+
+def drawn_from(h: int, row: np.void, edits: np.ndarray) -> int:
+    """The hash that a row's token is drawn by: of its draw and of its edits, where it has them."""
+    found = h
+    if len(edits):
+        found = hash_of([found, *repr(sorted(map(tuple, edits.tolist()))).encode()])
+    if row["temperature"] != 0:
+        ways = ("seed", "position", "choice", "temperature", "top_p", "min_p", "top_k")
+        found = hash_of([found, *repr([row[way].item() for way in ways]).encode()])
+    return found
+
+
+def scores(hashes: list[int], sampling: SamplingBatch) -> Logprobs | None:
+    """Logprobs that tell tokens, row and number apart."""
+    if sampling.max_logprobs is None:
+        return None
+    logprobs = Logprobs.empty(len(hashes), sampling.max_logprobs)
+    for i, (h, row) in enumerate(zip(hashes, sampling.rows, strict=True)):
+        if (count := int(row["num_logprobs"])) >= 0:
+            logprobs.token_logprobs[i] = -float(hash_of([h, int(row["scored_id"])]) % 9973)
+            logprobs.token_ranks[i] = 1 + h % 7
+            logprobs.top_ids[i, :count] = [(h + k) % 50 for k in range(count)]
+            logprobs.top_logprobs[i, :count] = [-float(k) for k in range(count)]
+    return logprobs
 
 
 class PagedTokenModel:
@@ -59,7 +86,9 @@ class PagedTokenModel:
     def fill_blocks(self, block_ids: Sequence[int], value: int = POISON) -> None:
         self.slots.reshape(-1, self.block_size)[list(block_ids)] = POISON
 
-    def forward(self, batch: Batch) -> Output:
+    def forward(
+        self, batch: Batch, sampling: SamplingBatch | None = None, wants_logits: bool = True
+    ) -> Output:
         if self.before is not None:
             self.before(batch)
         self.num_steps += 1
@@ -71,11 +100,19 @@ class PagedTokenModel:
         hashes = []
         for index in batch.logits_indices.tolist():
             row = int(np.searchsorted(batch.cu_seqlens_q, index, "right")) - 1
-            tokens = self._read(batch, row, int(batch.positions[index]) + 1)
-            hashes.append(hash_of(tokens))
+            hashes.append(hash_of(self._read(batch, row, int(batch.positions[index]) + 1)))
+        drawn, logprobs = hashes, None
+        if sampling is not None:
+            ends = np.cumsum(sampling.rows["num_edits"]).tolist()
+            drawn = [
+                drawn_from(h, row, sampling.edits[end - row["num_edits"] : end])
+                for h, row, end in zip(hashes, sampling.rows, ends, strict=True)
+            ]
+            logprobs = scores(hashes, sampling)
         return Output(
             np.array(hashes, np.int64).reshape(-1, 1),
-            np.array([h % self.vocab_size for h in hashes], np.int32),
+            np.array([h % self.vocab_size for h in drawn], np.int32),
+            logprobs,
         )
 
     def _read(self, batch: Batch, row: int, length: int) -> list[int]:

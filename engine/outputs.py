@@ -1,0 +1,65 @@
+"""What a caller gets back: one request's output, with an answer for each of its n.
+
+Plain data under vLLM's names; knows nothing of how it came about.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from engine.sequence import FinishReason
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """A token's natural log-probability from the unmodified logits."""
+
+    logprob: float
+    rank: int  # 1: the most likely
+    decoded_token: str | None  # its text on its own; None without a tokenizer
+
+
+# Of one position: the chosen (in a prompt: the given) token and the most likely ones, by token id.
+TokenLogprobs = Mapping[int, Logprob]
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One answer, as far as it is known."""
+
+    index: int  # 0 .. n - 1
+    text: str  # what is certain: it never shrinks and never changes
+    delta: str  # the end of `text`, new since the request's output before
+    token_ids: tuple[int, ...]  # with the token that ended it
+    cumulative_logprob: float | None  # None: logprobs were not asked for
+    logprobs: tuple[TokenLogprobs, ...] | None  # one per token of token_ids
+    finish_reason: FinishReason | None  # None: more may come
+    stop_reason: int | str | None  # the stop token or string, if not an end token of the model
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a request."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int  # of the prompt, taken from the prefix cache by the first answer
+    num_completion_tokens: int  # of all answers
+    num_preemptions: int  # how often an answer gave its blocks back
+
+    @property
+    def num_total_tokens(self) -> int:
+        """Prompt and answers."""
+        return self.num_prompt_tokens + self.num_completion_tokens
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A request and its answers so far."""
+
+    request_id: str
+    prompt: str | None  # None: token ids were given
+    prompt_token_ids: tuple[int, ...]
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None  # one per prompt token; None first
+    outputs: tuple[CompletionOutput, ...]
+    finished: bool
+    seed: int  # the one given, or the one the engine chose: with it the answers come again
+    usage: Usage

@@ -52,7 +52,7 @@ endif
 OBJECTS := $(patsubst csrc/%,build/%.o,$(C_FILES) $(CU_FILES))
 
 .DEFAULT_GOAL := build
-.PHONY: help build verify test mutants evidence golden bench lint format clean FORCE
+.PHONY: help build verify test mutants evidence golden record-gpu sanitize bench lint format clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -74,6 +74,12 @@ evidence: $(PACKAGES)  ## docs/evidence.md, made of the records of the last runs
 
 golden: $(LIBRARY) $(PACKAGES)  ## record golden/ again; refuses a dirty tree, shows what changed
 	$(PYTHON) -m verification.record $(ARGS)
+
+record-gpu: $(LIBRARY) $(PACKAGES)  ## on a GPU machine: its bits, tests, sanitizers and speed into golden/h200
+	NVCC="$(NVCC)" $(PYTHON) -m verification.record_gpu $(ARGS)
+
+sanitize: $(LIBRARY) $(PACKAGES)  ## four sanitizers over every kernel, each after its planted defect
+	NVCC="$(NVCC)" $(PYTHON) -m verification.sanitizers $(ARGS)
 
 bench: $(LIBRARY) $(PACKAGES)  ## benchmarks of the operators and of the engine
 	$(PYTHON) -m pytest tests/benchmarks --benchmark-only -o addopts="--import-mode=importlib" $(ARGS)

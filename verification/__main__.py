@@ -17,8 +17,10 @@ from rich.text import Text
 from engine.config import ModelConfig
 from engine.errors import EngineError, InvalidArgument
 from engine.models import model_names, resolve
-from verification.golden_check import check_goldens
+from verification import goldens
+from verification.golden_check import check_goldens, golden_roots
 from verification.goldens import GoldenVerdict
+from verification.gpu_record import check_gpu_record
 from verification.harness import verify
 from verification.oracle import OracleError
 from verification.plan import Options
@@ -143,7 +145,17 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, console: C
             found = check_goldens(name, directory, prompts, weights, options.device, progress)
         else:
             found = GoldenVerdict("not run", "only a selection was verified")
-    return with_goldens(results, found)
+        gpu = _gpu_record(results, name, [prompt.id for prompt in prompts], found)
+    return with_records(results, found, gpu)
+
+
+def _gpu_record(
+    results: dict, name: str, prompt_ids: Sequence[str], held: GoldenVerdict
+) -> GoldenVerdict:
+    """What the record of a GPU says of this run."""
+    found = goldens.find(name, golden_roots()) if held.status == "pass" else None
+    golden = goldens.load(found) if found is not None else None
+    return check_gpu_record(name, results["model"]["weights_sha256"], prompt_ids, held, golden)
 
 
 def json_text(results: dict) -> str:
@@ -157,10 +169,11 @@ def json_text(results: dict) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def with_goldens(results: dict, found: GoldenVerdict) -> dict:
-    """The results with the goldens' verdict in them; a failed one fails the whole."""
-    verdict = "fail" if found.status == "fail" else results["verdict"]
-    return {**results, "goldens": found.to_json(), "verdict": verdict}
+def with_records(results: dict, found: GoldenVerdict, gpu: GoldenVerdict) -> dict:
+    """The results with the verdicts of goldens and GPU record; a failed one fails the whole."""
+    verdict = "fail" if "fail" in (found.status, gpu.status) else results["verdict"]
+    records = {"goldens": found.to_json(), "gpu_record": gpu.to_json()}
+    return {**results, **records, "verdict": verdict}
 
 
 def _check_layers(

@@ -193,12 +193,11 @@ def _wholes(results: dict) -> list[Text]:
         sums = f"{of['equal']} equal, {of['tie']} ties, {of['fail']} wrong"
         text = f"{len(tokens)} greedy tokens: {sums}"
         lines.append(_line("tokens", text, "fail" if of["fail"] else "pass"))
-    goldens = results["goldens"]
-    first, *more = (
-        [goldens["reason"], *goldens["details"]] if goldens["reason"] else goldens["details"]
-    )
-    lines.append(_line("goldens", first, goldens["status"]))
-    lines += [_line("", detail, "") for detail in more[:3]]
+    for title, part in (("goldens", "goldens"), ("GPU record", "gpu_record")):
+        found = results[part]
+        first, *more = [found["reason"], *found["details"]] if found["reason"] else found["details"]
+        lines.append(_line(title, first, found["status"]))
+        lines += [_line("", detail, "") for detail in more[:3]]
     return lines
 
 
@@ -250,7 +249,8 @@ def _failure(results: dict) -> Panel:
 
 
 def _verdict(results: dict) -> Text:
-    status = [row["status"] for row in results["summary"]] + [results["goldens"]["status"]]
+    status = [row["status"] for row in results["summary"]]
+    status += [results[part]["status"] for part in ("goldens", "gpu_record")]
     values = sum(row["values"] for row in results["summary"])
     word = "PASS" if results["verdict"] == "pass" else "FAIL"
     line = Text(f" {word} ", style="bold white on green" if word == "PASS" else "bold white on red")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.source_stamp import SUFFIXES, source_stamp
+from engine.source_stamp import CPU_ALONE, SUFFIXES, source_stamp
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,3 +87,15 @@ def test_as_a_script_it_needs_only_the_standard_library():
     )
 
     assert printed.stdout.strip() == source_stamp(ROOT / "csrc")
+
+
+def test_a_folder_that_is_left_out_does_not_enter_the_stamp(tmp_path: Path):
+    for name in ("kernels/a.cu", "twin/b.c"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("one")
+    whole, part = source_stamp(tmp_path), source_stamp(tmp_path, CPU_ALONE)
+
+    (tmp_path / "twin" / "b.c").write_text("two")
+
+    assert source_stamp(tmp_path) != whole
+    assert source_stamp(tmp_path, CPU_ALONE) == part

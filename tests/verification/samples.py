@@ -95,6 +95,11 @@ def passing_run() -> dict:
             for prompt in PROMPTS
         ],
         "goldens": {"status": "pass", "reason": None, "details": ["453 taps, bits equal"]},
+        "gpu_record": {
+            "status": "pass",
+            "reason": None,
+            "details": ["h200, source equal, 453 taps equal"],
+        },
         "first_failure": None,
     }
 
@@ -157,6 +162,7 @@ def not_run() -> dict:
         row.update(status="not run", reason="transformers is not installed")
         row.update(values=0, cells=0, differing=None, max_ulp=None, max_ratio=None, max_z=None)
     run["goldens"] = {"status": "not run", "reason": "no goldens for this model", "details": []}
+    run["gpu_record"] = {"status": "not run", "reason": "not run for this source", "details": []}
     return run
 
 

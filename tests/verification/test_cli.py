@@ -66,11 +66,18 @@ class Verified:
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch):
-    def call(results: dict, *words: str, golden: GoldenVerdict | None = None):
+    def call(
+        results: dict,
+        *words: str,
+        golden: GoldenVerdict | None = None,
+        gpu: GoldenVerdict | None = None,
+    ):
         verified, out = Verified(results), io.StringIO()
         monkeypatch.setattr(command_line, "verify", verified)
         found = golden or GoldenVerdict("pass", None, ("all equal",))
         monkeypatch.setattr(command_line, "check_goldens", lambda *_: found)
+        recorded = gpu or GoldenVerdict("pass", None, ("h200, source equal, 9 taps equal",))
+        monkeypatch.setattr(command_line, "check_gpu_record", lambda *_: recorded)
         files = ["--html", str(tmp_path / "v.html"), "--json", str(tmp_path / "v.json")]
         status = command_line.main(["--model", "toy", *files, *words], Console(file=out, width=100))
         return status, out.getvalue(), verified.asked
@@ -121,6 +128,28 @@ def test_failed_goldens_fail_a_run_that_passes_otherwise(command, tmp_path: Path
     assert status == 1
     assert "engine bits differ first" in text
     assert json.loads((tmp_path / "v.json").read_text())["goldens"]["status"] == "fail"
+
+
+def test_a_gpu_record_that_disagrees_fails_a_run_that_passes_otherwise(command, tmp_path: Path):
+    differs = GoldenVerdict("fail", "h200: bits differ first at prompt a, q, layer 0")
+
+    status, text, _ = command(samples.passing_run(), gpu=differs)
+
+    assert status == 1
+    assert "bits differ first at prompt a" in text
+    assert json.loads((tmp_path / "v.json").read_text())["gpu_record"]["status"] == "fail"
+    assert "Failed: GPU record" in (tmp_path / "v.html").read_text()
+
+
+def test_a_gpu_record_of_another_source_is_not_run_in_both_reports(command, tmp_path: Path):
+    status, text, _ = command(
+        samples.passing_run(), gpu=GoldenVerdict("not run", "not run for this source (record …)")
+    )
+
+    assert status == 0
+    line = next(line for line in text.splitlines() if line.startswith("GPU record"))
+    assert "not run for this source" in line and line.endswith("not run")
+    assert "not run for this source" in (tmp_path / "v.html").read_text()
 
 
 def test_missing_goldens_are_not_run_and_do_not_fail(command):

@@ -23,7 +23,7 @@ def test_a_passing_run_ends_in_pass_with_its_counts_and_seconds():
     text = printed(samples.passing_run())
 
     assert text.splitlines()[-1].split() == (
-        "PASS 37 checks passed, 0 failed, 1 not run; 26.6 M values in 93.4 s".split()
+        "PASS 38 checks passed, 0 failed, 1 not run; 26.6 M values in 93.4 s".split()
     )
     assert "FAIL" not in text
     assert "first failure" not in text
@@ -60,7 +60,7 @@ def test_what_was_not_run_is_said_with_its_reason_and_never_as_a_pass():
     assert "pass" not in row_of(text, "attn")
     assert "transformers is not installed" in text
     assert "no goldens for this model" in text
-    assert "0 checks passed, 0 failed, 38 not run" in text
+    assert "0 checks passed, 0 failed, 39 not run" in text
 
 
 def test_a_tap_of_which_a_part_was_not_run_carries_a_star():

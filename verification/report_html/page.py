@@ -58,7 +58,8 @@ def render(results: dict) -> str:
             "The engine's error divided by that of transformers in bfloat16, both against float32.",
             tables.logits_table(results),
         ),
-        _section("Goldens", "", tables.goldens(results)),
+        _section("Goldens", "", tables.record(results["goldens"])),
+        _section("GPU record", "", tables.record(results["gpu_record"])),
         _section("Not run", "", tables.not_run(results)),
         _provenance(results),
         "</main>",
@@ -75,7 +76,8 @@ def render(results: dict) -> str:
 def _heading(results: dict) -> str:
     engine, versions = results["engine"], results["versions"]
     passed = results["verdict"] == "pass"
-    status = [row["status"] for row in results["summary"]] + [results["goldens"]["status"]]
+    status = [row["status"] for row in results["summary"]]
+    status += [results[part]["status"] for part in ("goldens", "gpu_record")]
     tokens = [token["status"] for prompt in results["tokens"] for token in prompt["tokens"]]
     tiles = (
         (count(sum(row["values"] for row in results["summary"])), "values compared"),

@@ -6,6 +6,8 @@ Knows rows of the results; every cell is escaped here.
 from verification.report_html.markup import escape
 from verification.report_text import count, forward_order, full, merged, ratio, rerun_command
 
+RECORDS = (("goldens", "goldens"), ("GPU record", "gpu_record"))  # what to call them, and their key
+
 
 def verdict_table(results: dict) -> str:
     """One row per tap in forward order; the two modes side by side."""
@@ -52,9 +54,8 @@ def logits_table(results: dict) -> str:
     )
 
 
-def goldens(results: dict) -> str:
-    """The verdict on the recorded goldens and its details."""
-    found = results["goldens"]
+def record(found: dict) -> str:
+    """The verdict of one record, the goldens' or the GPU's, and its details."""
     reason = f" {escape(found['reason'])}" if found["reason"] else ""
     details = "".join(f"<li>{escape(detail)}</li>" for detail in found["details"])
     return f"<p>{badge(found['status'])}{reason}</p>" + (f"<ul>{details}</ul>" if details else "")
@@ -68,9 +69,10 @@ def not_run(results: dict) -> str:
         for row in results["summary"]
         if row["status"] == "not run"
     ]
-    if results["goldens"]["status"] == "not run":
-        reason = escape(results["goldens"]["reason"] or "no reason given")
-        rows.append(f"<tr><th>goldens</th><td></td><td>{reason}</td></tr>")
+    for title, part in RECORDS:
+        if results[part]["status"] == "not run":
+            reason = escape(results[part]["reason"] or "no reason given")
+            rows.append(f"<tr><th>{title}</th><td></td><td>{reason}</td></tr>")
     if not rows:
         return "<p class='empty'>Nothing was left out.</p>"
     return (
@@ -80,13 +82,15 @@ def not_run(results: dict) -> str:
 
 
 def first_failure(results: dict) -> str:
-    """The first failing tap in full and the command that runs it alone, or the goldens' failure."""
+    """The first failing tap in full and the command that runs it alone, or a record's failure."""
     found = results["first_failure"]
-    if not found and results["goldens"]["status"] == "fail":
-        reason = escape(results["goldens"]["reason"] or "")
-        return f"<section class='failure'><h2>Failed: goldens</h2><p>{reason}</p></section>"
     if not found:
-        return ""
+        return "".join(
+            f"<section class='failure'><h2>Failed: {title}</h2>"
+            f"<p>{escape(results[part]['reason'] or '')}</p></section>"
+            for title, part in RECORDS
+            if results[part]["status"] == "fail"
+        )
     layer = "" if found.get("layer") is None else f", layer {found['layer']}"
     place = ", ".join(
         f"{name} {found[name]}"

@@ -1,0 +1,170 @@
+"""Lanes against a tool that is made up: every way in which a lane must not pass."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.verification.sanitizers.test_findings import CLEAN, MEMCHECK
+from verification.sanitizers.lanes import LANES, Lane, read_sass, run_lane
+
+PLANTED = {name: Path(name) for name in ("out_of_bounds", "bulk_copy_control", "missing_barrier")}
+WORKLOAD = ("workload",)
+LANE = Lane("memcheck", "out_of_bounds", "Invalid __global__ write")
+RACES = Lane("racecheck", "missing_barrier", "Race reported", controls=("ring",))
+CODE = {0x10: "UBLKCP", 0x20: "LDSM", 0x30: "STS"}
+
+
+def race(function: str, write: int, read: int) -> str:
+    return (
+        f"========= Error: Race reported between Write access at {function}(int *)+{write:#x}\n"
+        f"=========     and Read access at {function}(int *)+{read:#x} [8 hazards]\n=========\n"
+    )
+
+
+def racecheck(*races: str, end: str = "3 cases ran\n") -> str:
+    summary = f"========= RACECHECK SUMMARY: {len(races)} hazards displayed ({len(races)} errors)\n"
+    return end + "".join(races) + summary
+
+
+def run(lane: Lane, said: dict[str, tuple[int, str]]):
+    """The lane's result where each program says what is given for it, by name or mode."""
+
+    def tool(name, arguments, program):
+        assert name == lane.tool
+        return said[program[-1]]
+
+    return run_lane(lane, tool, PLANTED, WORKLOAD, lambda function, offset: CODE.get(offset))
+
+
+def test_a_lane_that_caught_its_defect_and_found_nothing_passes():
+    result = run(LANE, {"out_of_bounds": (0, MEMCHECK), "workload": (0, CLEAN)})
+
+    assert (result.status, result.cases, result.findings) == ("pass", 12, {})
+
+
+@pytest.mark.parametrize(
+    "blind", [CLEAN, "", "sh: compute-sanitizer: not found", "========= Error: no device\n"]
+)
+def test_a_lane_that_misses_its_planted_defect_fails(blind: str):
+    result = run(LANE, {"out_of_bounds": (0, blind), "workload": (0, CLEAN)})
+
+    assert result.status == "fail"
+    assert "does not catch planted out_of_bounds" in result.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (1, CLEAN),
+        (0, CLEAN.replace("12 cases ran", "")),
+        (0, CLEAN.replace("12 cases ran", "0 cases ran")),
+        (124, "case linear\nno end within 280 s"),
+        (0, "12 cases ran\n"),
+    ],
+)
+def test_a_workload_that_did_not_end_well_fails(status: int, said: str):
+    result = run(LANE, {"out_of_bounds": (0, MEMCHECK), "workload": (status, said)})
+
+    assert result.status == "fail"
+    assert "the workload did not end" in result.problems[0]
+
+
+def test_a_finding_fails_the_lane_and_is_named():
+    dirty = MEMCHECK.replace("2 errors", "2 errors") + "12 cases ran\n"
+
+    result = run(LANE, {"out_of_bounds": (0, MEMCHECK), "workload": (0, dirty)})
+
+    assert result.status == "fail"
+    assert any("Invalid __global__ write" in problem for problem in result.problems)
+
+
+def test_a_finding_that_the_summary_counts_and_nobody_read_fails():
+    hidden = CLEAN.replace("0 errors", "3 errors")
+
+    result = run(LANE, {"out_of_bounds": (0, MEMCHECK), "workload": (0, hidden)})
+
+    assert result.problems == ["3 findings by the tool's summary, 0 read"]
+
+
+def test_what_a_correct_control_shows_too_is_counted_as_the_tools_limit():
+    said = {
+        "missing_barrier": (0, racecheck(race("m", 0x30, 0x30))),
+        "ring": (0, racecheck(race("control", 0x10, 0x20))),
+        "workload": (0, racecheck(race("engine", 0x10, 0x20))),
+    }
+
+    result = run(RACES, said)
+
+    assert result.status == "pass"
+    assert list(result.limits.values()) == [1] and result.findings == {}
+    assert result.to_json()["tool_limits"] == {
+        "Error: Race (Read LDSM with Write UBLKCP) in engine": 1
+    }
+
+
+def test_a_race_is_the_tools_limit_only_if_every_pair_of_it_is():
+    both = race("engine", 0x10, 0x20).replace(
+        "[8 hazards]",
+        "[8 hazards]\n=========     and Read access at engine(int *)+0x30 [8 hazards]",
+    )
+    said = {
+        "missing_barrier": (0, racecheck(race("m", 0x30, 0x30))),
+        "ring": (0, racecheck(race("control", 0x10, 0x20))),
+        "workload": (0, racecheck(both)),
+    }
+
+    assert run(RACES, said).status == "fail"
+
+
+@pytest.mark.parametrize(("write", "read"), [(0x30, 0x20), (0x10, 0x30), (0x40, 0x50)])
+def test_a_race_between_other_instructions_is_a_finding(write: int, read: int):
+    said = {
+        "missing_barrier": (0, racecheck(race("m", 0x30, 0x30))),
+        "ring": (0, racecheck(race("control", 0x10, 0x20), race("control", 0x40, 0x50))),
+        "workload": (0, racecheck(race("engine", write, read))),
+    }
+
+    result = run(RACES, said)
+
+    assert result.status == "fail" and result.limits == {}
+
+
+def test_a_control_that_computes_a_wrong_result_fails_the_lane():
+    said = {
+        "missing_barrier": (0, racecheck(race("m", 0x30, 0x30))),
+        "ring": (1, racecheck(end="ring: wrong\n")),
+        "workload": (0, racecheck()),
+    }
+
+    assert "control ring does not run" in run(RACES, said).problems[0]
+
+
+def test_every_lane_has_its_planted_kernel_and_says_what_it_catches():
+    folder = Path(__file__).parents[2] / "kernels" / "planted"
+    assert [lane.tool for lane in LANES] == ["memcheck", "racecheck", "initcheck", "synccheck"]
+    for lane in LANES:
+        assert (
+            (folder / f"{lane.planted}.cu")
+            .read_text()
+            .startswith(f"// {lane.planted}.cu -- planted")
+        )
+        assert lane.says
+    assert (folder / "bulk_copy_control.cu").exists()
+
+
+def test_opcodes_are_read_from_a_listing():
+    listing = """
+		Function : _Z3onePi
+	.headerflags	@"EF_CUDA_SM90a"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;        /* 0x00000a00ff017b82 */
+                                                                 /* 0x000fe40000000800 */
+        /*0010*/              @!P0 UBLKCP.S.G [UR8], [UR4], UR6 ; /* 0x1 */
+        /*0020*/             @UP1  LDSM.16.M88.4 R4, [R2] ;       /* 0x2 */
+		Function : _Z3twoPi
+        /*0000*/                   EXIT ;                         /* 0x3 */
+"""
+
+    assert read_sass(listing) == {
+        "_Z3onePi": {0: "LDC", 0x10: "UBLKCP", 0x20: "LDSM"},
+        "_Z3twoPi": {0: "EXIT"},
+    }

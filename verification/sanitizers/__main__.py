@@ -1,0 +1,93 @@
+"""The command `make sanitize`: builds what is planted, runs the four lanes side by side, reports.
+
+Knows where tools and programs are and writes build/sanitize.json; decides no lane's verdict. Exit
+status: 0 every lane passes, 1 one does not.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from engine.bindings import LIBRARY_PATH
+from verification.gpu_record import gpu_source_stamp
+from verification.sanitizers.lanes import LANES, LaneResult, run_lane, sanitizer, sass_opcodes
+
+ROOT = Path(__file__).resolve().parents[2]
+PLANTED = ROOT / "tests" / "kernels" / "planted"
+OUTPUT = ROOT / "build" / "sanitize.json"
+LOGS = ROOT / "build" / "sanitizers"  # each report as the tool printed it
+TOOLKIT = Path("/usr/local/cuda/bin")  # where it is when it is not in PATH
+WORKLOAD = (sys.executable, "-m", "verification.sanitizers.workload")
+
+
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: beside nvcc, in PATH, or where toolkits are installed."""
+    beside = Path(os.environ.get("NVCC") or "nvcc").parent / name
+    found = shutil.which(str(beside)) or shutil.which(name) or shutil.which(str(TOOLKIT / name))
+    return found
+
+
+def build_planted(nvcc: str, target: Path) -> dict[str, Path]:
+    """Compiles every planted program; by name."""
+    target.mkdir(parents=True, exist_ok=True)
+    programs = {source.stem: target / source.stem for source in sorted(PLANTED.glob("*.cu"))}
+    flags = ["-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", f"-I{ROOT / 'csrc' / 'common'}"]
+
+    def compile_one(name: str) -> None:
+        source = str(PLANTED / f"{name}.cu")
+        subprocess.run([nvcc, *flags, "-o", str(programs[name]), source], check=True)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(compile_one, programs))
+    return programs
+
+
+def show(result: LaneResult) -> list[str]:
+    """A lane's lines: what ran, what was found, what was counted as the tool's limit."""
+    limits = sum(result.limits.values())
+    lines = [
+        f"{result.tool:<10} {result.status}  {result.cases} cases, "
+        f"{sum(result.findings.values())} findings, {limits} of the tool's limit, "
+        f"{result.seconds:.0f} s",
+        f"  ran compute-sanitizer --tool {result.command}",
+    ]
+    lines += [f"  problem: {problem}" for problem in result.problems]
+    for mode, kinds in result.controls.items():
+        lines += [f"  control {mode}: {n} x {kind}" for kind, n in kinds.items()]
+        lines += [] if kinds else [f"  control {mode}: nothing reported"]
+    lines += [f"  tool limit, as in a control: {n} x {kind}" for kind, n in result.limits.items()]
+    return lines
+
+
+def main() -> int:
+    """The command; see the module."""
+    found = {name: tool(name) for name in ("compute-sanitizer", "nvcc", "cuobjdump")}
+    if missing := [name for name, path in found.items() if path is None]:
+        print(f"error: {', '.join(missing)} of the CUDA toolkit not found: no lane ran")
+        return 1
+    source = gpu_source_stamp()
+    planted = build_planted(found["nvcc"], ROOT / "build" / "planted")
+    opcode_at = sass_opcodes([LIBRARY_PATH, *planted.values()], found["cuobjdump"])
+    LOGS.mkdir(parents=True, exist_ok=True)
+    run = sanitizer(found["compute-sanitizer"], LOGS)
+    with ThreadPoolExecutor(len(LANES)) as pool:  # the lanes share the card: wall time is the limit
+        results = list(
+            pool.map(lambda lane: run_lane(lane, run, planted, WORKLOAD, opcode_at), LANES)
+        )
+    for result in results:
+        print("\n".join(show(result)))
+    status = "pass" if all(result.status == "pass" for result in results) else "fail"
+    lanes = {result.tool: result.to_json() for result in results}
+    OUTPUT.parent.mkdir(exist_ok=True)
+    OUTPUT.write_text(
+        json.dumps({"status": status, "gpu_source": source, "lanes": lanes}, indent=1) + "\n"
+    )
+    return 0 if status == "pass" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""Runs one lane: first the planted kernel that it must catch, then every kernel of the engine.
+
+Decides a lane's verdict. racecheck alone has controls: correct kernels that order bulk copies by
+mbarriers. What it reports of those it cannot follow, so findings of that very kind (a race between
+the same two instructions) are counted apart as the tool's limit; anything else is a finding.
+Invariant: a lane passes only if it caught its planted kernel, ran every case and read every
+finding.
+"""
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from verification.sanitizers.findings import Kind, OpcodeAt, Report, read_report
+
+TIMEOUT = 280  # seconds, of the tool over the workload
+PLANTED_TIMEOUT = 40  # of the tool over one small kernel
+BARRIERS = ("--num-cuda-barriers", "256")  # the fused step initialises 66; the tool tracks 16 else
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One tool.
+
+    Args:
+        tool: of compute-sanitizer.
+        arguments: its own.
+        planted: the kernel of tests/kernels/planted with the defect that it is for.
+        says: what it must say of that kernel, a pattern.
+        controls: arguments for bulk_copy_control, each a correct kernel.
+        comparison: arguments for one that is wrong.
+    """
+
+    tool: str
+    planted: str
+    says: str
+    arguments: tuple[str, ...] = ()
+    controls: tuple[str, ...] = ()
+    comparison: tuple[str, ...] = ()
+
+
+LANES = (
+    Lane("memcheck", "out_of_bounds", "Invalid __global__ write"),
+    Lane(
+        "racecheck",
+        "missing_barrier",
+        "Race reported",
+        BARRIERS,
+        controls=("once", "ring", "arrive", "plain", "lanes", "init"),
+        comparison=("unordered",),
+    ),
+    Lane("initcheck", "never_written", "Uninitialized __global__ memory read"),
+    Lane("synccheck", "divergent_barrier", "Barrier error detected", BARRIERS),
+)
+CONTROL = "bulk_copy_control"
+
+
+@dataclass
+class LaneResult:
+    """What a lane found; fails for each of its problems.
+
+    Args:
+        command: what ran over the workload.
+        problems: why it does not pass.
+        findings: kind -> how many, of the workload.
+        limits: the same, of kinds that the correct controls show too.
+        controls: control -> kind -> how many.
+    """
+
+    tool: str
+    command: str = ""
+    cases: int = 0
+    seconds: float = 0.0
+    problems: list[str] = field(default_factory=list)
+    findings: dict[Kind, int] = field(default_factory=dict)
+    limits: dict[Kind, int] = field(default_factory=dict)
+    controls: dict[str, dict[Kind, int]] = field(default_factory=dict)
+
+    @property
+    def status(self) -> str:
+        """Verdict."""
+        return "fail" if self.problems else "pass"
+
+    def to_json(self) -> dict:
+        """As a dict of build/sanitize.json."""
+        return {
+            "status": self.status,
+            "problems": self.problems,
+            "command": self.command,
+            "cases": self.cases,
+            "findings": _named(self.findings),
+            "tool_limits": _named(self.limits),
+            "controls": {name: _named(kinds) for name, kinds in self.controls.items()},
+            "seconds": round(self.seconds, 1),
+        }
+
+
+# (tool, its arguments, the program) -> exit status and output
+Run = Callable[[str, Sequence[str], Sequence[str]], tuple[int, str]]
+
+
+def run_lane(
+    lane: Lane,
+    run: Run,
+    planted: Mapping[str, Path],
+    workload: Sequence[str],
+    opcode_at: OpcodeAt,
+) -> LaneResult:
+    """Runs one lane.
+
+    Args:
+        lane: the tool and what it must catch.
+        run: runs a program under a tool.
+        planted: the built programs by name.
+        workload: the program that runs every kernel.
+        opcode_at: the instruction at a place of a kernel, for races.
+    """
+    began = time.monotonic()
+    result = LaneResult(lane.tool, " ".join([lane.tool, *lane.arguments, *workload]))
+    _, said = run(lane.tool, lane.arguments, [str(planted[lane.planted])])
+    if not re.search(lane.says, said) or not read_report(said).total:
+        result.problems.append(f"does not catch planted {lane.planted}: {_last(said)}")
+    for mode in (*lane.controls, *lane.comparison):
+        status, said = run(lane.tool, lane.arguments, [str(planted[CONTROL]), mode])
+        report = read_report(said, opcode_at)
+        result.controls[mode] = report.kinds
+        if (status and mode in lane.controls) or report.total is None:
+            result.problems.append(f"control {mode} does not run: {_last(said)}")
+    status, said = run(lane.tool, lane.arguments, workload)
+    _judge(result, status, said, read_report(said, opcode_at), lane.controls)
+    result.seconds = time.monotonic() - began
+    return result
+
+
+def _judge(
+    result: LaneResult, status: int, said: str, report: Report, controls: Sequence[str]
+) -> None:
+    ran = re.search(r"^(\d+) cases ran$", said, re.M)
+    result.cases = int(ran[1]) if ran else 0
+    if status or not result.cases or report.total is None:
+        result.problems.append(f"the workload did not end, exit status {status}: {_last(said)}")
+        return
+    if report.total != sum(report.kinds.values()):
+        read = sum(report.kinds.values())
+        result.problems.append(f"{report.total} findings by the tool's summary, {read} read")
+    known = {pair for mode in controls for kind in result.controls[mode] for pair in kind.pairs}
+    for kind, count in report.kinds.items():
+        excused = kind.pairs and all(_is_exact(pair) and pair in known for pair in kind.pairs)
+        (result.limits if excused else result.findings)[kind] = count
+    result.problems += [f"{count} x {kind}" for kind, count in result.findings.items()]
+
+
+def _is_exact(pair: str) -> bool:
+    """Whether both accesses are known by their instruction: "Read LDSM with Write UBLKCP"."""
+    return all(" " in side for side in pair.split(" with "))
+
+
+def sanitizer(path: str, logs: Path) -> Run:
+    """A Run of this compute-sanitizer that keeps each report as a file of `logs`."""
+
+    def run(tool: str, arguments: Sequence[str], program: Sequence[str]) -> tuple[int, str]:
+        limit = TIMEOUT if program[0] == sys.executable else PLANTED_TIMEOUT
+        command = [path, "--tool", tool, *arguments, "--print-limit", "100000", *program]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=limit, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            partial = error.stdout or b""
+            text = partial.decode(errors="replace") if isinstance(partial, bytes) else partial
+            status, said = 124, f"{text}\nno end within {limit} s\n"
+        else:
+            status, said = done.returncode, done.stdout + done.stderr
+        name = "-".join([tool, *(Path(word).name for word in program[:1]), *program[1:][-1:]])
+        (logs / f"{name}.log").write_text(said, encoding="utf-8")
+        return status, said
+
+    return run
+
+
+def sass_opcodes(paths: Sequence[Path], cuobjdump: str) -> OpcodeAt:
+    """Instructions by kernel name and offset, disassembled at the first question."""
+    functions: dict[str, dict[int, str]] = {}
+
+    def opcode_at(function: str, offset: int) -> str | None:
+        if not functions:
+            for path in paths:
+                done = subprocess.run(
+                    [cuobjdump, "--dump-sass", str(path)], capture_output=True, text=True
+                )
+                functions.update(read_sass(done.stdout))
+        name = re.search(r"([A-Za-z_]\w*)\s*(?:<.*>)?\s*\(", function)
+        bare = name[1] if name else function
+        there = {code[offset] for key, code in functions.items() if bare in key and offset in code}
+        return there.pop() if len(there) == 1 else None
+
+    return opcode_at
+
+
+def read_sass(text: str) -> dict[str, dict[int, str]]:
+    """The listing of cuobjdump: function -> offset -> opcode without its modifiers."""
+    functions: dict[str, dict[int, str]] = {}
+    code: dict[int, str] = {}
+    line_form = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
+    for line in text.splitlines():
+        if "Function :" in line:
+            code = functions.setdefault(line.partition(":")[2].strip(), {})
+        elif found := line_form.match(line):
+            code[int(found[1], 16)] = found[2]
+    return functions
+
+
+def _named(kinds: Mapping[Kind, int]) -> dict[str, int]:
+    return {str(kind): count for kind, count in kinds.items()}
+
+
+def _last(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip(" =")]
+    return lines[-1].strip() if lines else "it printed nothing"

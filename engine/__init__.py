@@ -1,5 +1,8 @@
 """Touchstone's engine: Llama-architecture models in C and CUDA, driven from Python."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from engine.errors import (
     CheckpointError,
     DeviceFailed,
@@ -10,12 +13,36 @@ from engine.errors import (
     QueueFull,
 )
 
+if TYPE_CHECKING:
+    from engine.llm import LLM
+    from engine.llm_engine import LLMEngine
+    from engine.outputs import RequestOutput
+    from engine.sampling_params import SamplingParams
+
+# Imported when first asked for: importing the package loads neither numpy nor the library.
+_LAZY = {
+    "LLM": "engine.llm",
+    "LLMEngine": "engine.llm_engine",
+    "RequestOutput": "engine.outputs",
+    "SamplingParams": "engine.sampling_params",
+}
+
 __all__ = [
+    "LLM",
     "CheckpointError",
     "DeviceFailed",
     "DeviceUnavailable",
     "EngineError",
     "InvalidArgument",
+    "LLMEngine",
     "OutOfMemory",
     "QueueFull",
+    "RequestOutput",
+    "SamplingParams",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'engine' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

@@ -354,6 +354,12 @@ class Engine:
         self._call("engine_memory", *counts)
         return {name: count[0] for name, count in zip(names, counts, strict=True)}
 
+    def free_memory(self) -> int:
+        """Bytes that the device has left."""
+        count = self.library.ffi.new("int64_t *")
+        self._call("engine_free_memory", count)
+        return count[0]
+
     def close(self) -> None:
         """Give everything back; closing twice is allowed."""
         if self._handle is not None:

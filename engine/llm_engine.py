@@ -117,9 +117,6 @@ class LLMEngine:
         if params.stop and self.tokenizer is None:
             raise InvalidArgument("stop must be empty: this model has no tokenizer")
         seed = secrets.randbits(64) if params.seed is None else params.seed
-        is_watched = (
-            stream or params.logprobs is not None or bool(params.stop or params.stop_token_ids)
-        )
         sequences = []
         for index in range(params.n):
             sampler = SequenceSampler(
@@ -137,7 +134,7 @@ class LLMEngine:
                     ignore_eos=params.ignore_eos,
                     stop_token_ids=frozenset(params.stop_token_ids),
                     wants_prompt_logits=index == 0 and params.prompt_logprobs is not None,
-                    is_watched=is_watched or not sampler.is_plain,
+                    is_watched=stream or _looks_at_tokens(params),
                     sampler=sampler,
                 )
             )
@@ -238,3 +235,14 @@ class LLMEngine:
                     request.score_prompt(
                         request.token_logprobs(result.logprobs, row, ids[follower], count)
                     )
+
+
+def _looks_at_tokens(params: SamplingParams) -> bool:
+    """Whether an answer needs each token when it comes, not only all at the end."""
+    return (
+        not params.is_greedy
+        or params.has_penalties
+        or params.min_tokens > 0
+        or params.logprobs is not None
+        or bool(params.stop or params.stop_token_ids)
+    )

@@ -42,6 +42,7 @@ PURE = (
     "request",
     "request_checks",
     "llm_engine",
+    "room",
 )
 
 
@@ -310,6 +311,7 @@ def operations() -> list[str]:
         "copy_in",
         "copy_out",
         "synchronize",
+        "free_memory",
         "packed_bytes",
         "name",
     }

@@ -152,6 +152,8 @@ Status engine_fill_blocks(Engine *engine, const int32_t *block_ids, int32_t num_
 
 // Bytes held: weights, KV pool and everything else.
 Status engine_memory(Engine *engine, int64_t *weights, int64_t *kv_cache, int64_t *workspace);
+// Bytes that the engine's device has left; on the CPU, memory that the system does not use at all.
+Status engine_free_memory(Engine *engine, int64_t *bytes);
 
 Status engine_destroy(Engine *engine);  // null allowed
 

@@ -11,6 +11,7 @@ static const Kernels table = {
     .copy_in = cuda_copy_in,
     .copy_out = cuda_copy_out,
     .synchronize = cuda_synchronize,
+    .free_memory = cuda_free_memory,
     .packed_bytes = cuda_packed_bytes,
     .pack_weight = cuda_pack_weight,
     .unpack_weight = cuda_unpack_weight,

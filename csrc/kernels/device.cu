@@ -76,3 +76,11 @@ extern "C" Status cuda_copy_out(void *to_host, const void *from, size_t bytes, S
 extern "C" Status cuda_synchronize(Stream stream) {
     return CUDA_STATUS(cudaStreamSynchronize((cudaStream_t)stream));
 }
+
+extern "C" Status cuda_free_memory(int64_t *bytes, Stream stream) {
+    (void)stream;
+    size_t free_bytes = 0, total_bytes = 0;
+    TRY(CUDA_STATUS(cudaMemGetInfo(&free_bytes, &total_bytes)));
+    *bytes = (int64_t)free_bytes;
+    return STATUS_OK;
+}

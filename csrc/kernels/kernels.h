@@ -57,6 +57,7 @@ typedef void Free(void *memory, Stream stream);
 typedef Status CopyIn(void *to, const void *from_host, size_t bytes, Stream stream);
 typedef Status CopyOut(void *to_host, const void *from, size_t bytes, Stream stream);  // done on return
 typedef Status Synchronize(Stream stream);
+typedef Status FreeMemory(int64_t *bytes, Stream stream);  // that could be allocated now
 
 // Weights: row-major bf16 [rows, cols] on the host <-> the packed layout.
 typedef size_t PackedBytes(int rows, int cols);
@@ -190,6 +191,7 @@ typedef struct Kernels {
     CopyIn *copy_in;
     CopyOut *copy_out;
     Synchronize *synchronize;
+    FreeMemory *free_memory;
     PackedBytes *packed_bytes;
     PackWeight *pack_weight;
     UnpackWeight *unpack_weight;
@@ -225,6 +227,7 @@ Free twin_free, cuda_free;
 CopyIn twin_copy_in, cuda_copy_in;
 CopyOut twin_copy_out, cuda_copy_out;
 Synchronize twin_synchronize, cuda_synchronize;
+FreeMemory twin_free_memory, cuda_free_memory;
 PackedBytes twin_packed_bytes, cuda_packed_bytes;
 PackWeight twin_pack_weight, cuda_pack_weight;
 UnpackWeight twin_unpack_weight, cuda_unpack_weight;

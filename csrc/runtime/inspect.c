@@ -41,6 +41,11 @@ Status engine_fill_blocks(Engine *e, const int32_t *block_ids, int32_t num_block
     return e->model.kernels->synchronize(e->model.stream);
 }
 
+Status engine_free_memory(Engine *e, int64_t *bytes) {
+    if (!e || !bytes) return fail(STATUS_INVALID_ARGUMENT, "engine or bytes is null");
+    return e->model.kernels->free_memory(bytes, e->model.stream);
+}
+
 Status engine_memory(Engine *e, int64_t *weights, int64_t *kv_cache, int64_t *workspace) {
     if (!e || !weights || !kv_cache || !workspace)
         return fail(STATUS_INVALID_ARGUMENT, "an argument is null");

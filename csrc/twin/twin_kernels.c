@@ -1,6 +1,7 @@
 // twin_kernels.c -- the CPU's table, its memory, and the bare tensor-core step.
 
 #include <stdlib.h>
+#include <unistd.h>
 #include "../kernels/kernels.h"
 #include "tensor_core.h"
 
@@ -34,6 +35,12 @@ Status twin_synchronize(Stream stream) {
     return STATUS_OK;
 }
 
+Status twin_free_memory(int64_t *bytes, Stream stream) {
+    (void)stream;
+    *bytes = (int64_t)sysconf(_SC_AVPHYS_PAGES) * sysconf(_SC_PAGESIZE);  // pages the system has not used
+    return STATUS_OK;
+}
+
 Status twin_tensor_core_step(float *d, const float *c, const bf16 *a, const bf16 *b, int64_t n,
                              Stream stream) {
     (void)stream;
@@ -52,6 +59,7 @@ const Kernels *twin_kernels(void) {
         .copy_in = twin_copy_in,
         .copy_out = twin_copy_out,
         .synchronize = twin_synchronize,
+        .free_memory = twin_free_memory,
         .packed_bytes = twin_packed_bytes,
         .pack_weight = twin_pack_weight,
         .unpack_weight = twin_unpack_weight,

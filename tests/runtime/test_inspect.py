@@ -64,3 +64,9 @@ def test_null_pointers_are_refused(make_runner):
     count = ffi.new("int64_t *")
     with pytest.raises(InvalidArgument, match="null"):
         engine._call("engine_memory", count, ffi.NULL, count)
+    with pytest.raises(InvalidArgument, match="null"):
+        engine._call("engine_free_memory", ffi.NULL)
+
+
+def test_free_memory_is_some_of_the_machines(make_runner):
+    assert 1 << 20 < make_runner(num_blocks=12).engine.free_memory() < 1 << 45

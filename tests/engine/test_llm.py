@@ -1,0 +1,145 @@
+"""Text in, text out, over the toy; what the steps do is `test_llm_engine.py`'s."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+import engine
+from engine.bindings import Library
+from engine.errors import DeviceUnavailable, InvalidArgument
+from engine.llm import LLM
+from engine.sampling_params import SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm(library: Library) -> Iterator[LLM]:
+    room = {"kv_cache_memory_bytes": 1 << 22, "max_num_seqs": 4, "block_size": 16}
+    with LLM("toy", device="cpu", library=library, **room) as opened:
+        yield opened
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(llm: LLM) -> Iterator[None]:
+    yield
+    assert not llm.engine.has_unfinished_requests()
+    assert llm._inbox == {}
+    llm.engine.scheduler.check_integrity()
+
+
+def test_outputs_come_in_the_order_of_the_prompts(llm: LLM):
+    prompts = ["one", "a second prompt", "3"]
+
+    together = llm.generate(prompts, GREEDY)
+
+    assert [output.prompt for output in together] == prompts
+    for prompt, output in zip(prompts, together, strict=True):
+        assert output.outputs == llm.generate(prompt, GREEDY)[0].outputs
+        assert output.finished and len(output.outputs[0].token_ids) == 6
+
+
+def test_static_batching_is_continuous_batching_with_one_arrival(llm: LLM):
+    """More prompts than seats: the same answers as one after another."""
+    prompts = [f"prompt {i}" for i in range(9)]
+
+    assert [output.outputs for output in llm.generate(prompts, GREEDY)] == [
+        llm.generate(prompt, GREEDY)[0].outputs for prompt in prompts
+    ]
+
+
+def test_token_ids_are_a_prompt_and_so_is_a_mapping(llm: LLM):
+    ids = llm.tokenizer.encode("hello", add_bos=llm.tokenizer.adds_bos)
+
+    outputs = [
+        *llm.generate("hello", GREEDY),
+        *llm.generate(ids, GREEDY),
+        *llm.generate([ids], GREEDY),
+        *llm.generate([{"prompt": "hello"}, {"prompt_token_ids": ids}], GREEDY),
+    ]
+
+    assert len(outputs) == 5
+    assert len({output.outputs for output in outputs}) == 1
+
+
+def test_each_prompt_may_have_its_own_parameters(llm: LLM):
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (1, 3)]
+
+    outputs = llm.generate(["a", "b"], params)
+
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [1, 3]
+
+
+def test_no_prompts_no_outputs(llm: LLM):
+    assert llm.generate([]) == []
+
+
+def test_a_stream_gives_each_token_and_the_whole_at_the_end(llm: LLM):
+    (whole,) = llm.generate("hello", GREEDY)
+
+    outputs = list(llm.stream("hello", GREEDY))
+
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [1, 2, 3, 4, 5, 6]
+    assert "".join(output.outputs[0].delta for output in outputs) == whole.outputs[0].text
+    assert outputs[-1].outputs[0].token_ids == whole.outputs[0].token_ids
+
+
+def test_streams_may_be_read_in_turns_and_left(llm: LLM):
+    (whole,) = llm.generate("hello", GREEDY)
+    first, second = llm.stream("other", GREEDY), llm.stream("hello", GREEDY)
+
+    next(first)
+    outputs = list(second)
+    first.close()
+
+    assert outputs[-1].outputs[0].text == whole.outputs[0].text
+
+
+def test_one_bad_prompt_stops_the_call_and_leaves_nothing(llm: LLM):
+    with pytest.raises(InvalidArgument, match=r"prompt\[0\] must be a token id"):
+        llm.generate(["good", {"prompt_token_ids": [-1]}], GREEDY)
+
+
+@pytest.mark.parametrize("name", ["sampling_params", "priority"])
+def test_one_for_each_means_one_for_each(llm: LLM, name: str):
+    value = {"sampling_params": [GREEDY], "priority": [0]}[name]
+
+    with pytest.raises(InvalidArgument, match=f"{name} must be one or 2"):
+        llm.generate(["a", "b"], **{name: value})
+
+
+def test_an_unknown_argument_is_refused(library: Library):
+    with pytest.raises(InvalidArgument, match="no such argument.*tensor_parallel"):
+        LLM("toy", device="cpu", library=library, tensor_parallel_size=2)
+
+
+def test_auto_is_cuda_where_there_is_one_and_else_the_cpu(library: Library):
+    with LLM("toy", library=library, kv_cache_memory_bytes=1 << 22) as llm:
+        found = llm.engine_config.device
+    try:
+        LLM("toy", device="cuda", library=library, kv_cache_memory_bytes=1 << 22).close()
+    except DeviceUnavailable:
+        assert found == "cpu"
+    else:
+        assert found == "cuda"
+
+
+def test_a_conversation_is_a_prompt(llm: LLM):
+    with pytest.raises(engine.CheckpointError, match="no chat_template"):
+        llm.chat([{"role": "user", "content": "hi"}], GREEDY)
+
+
+def test_the_package_gives_the_api_without_loading_it():
+    program = (
+        "import sys, engine; assert 'numpy' not in sys.modules, 'numpy'; "
+        "assert 'cffi' not in sys.modules; from engine import LLM, LLMEngine, SamplingParams; "
+        "from engine import RequestOutput; print(LLM.__name__)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+    assert (done.stdout, done.stderr) == ("LLM\n", "")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = engine.nothing

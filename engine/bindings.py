@@ -21,11 +21,11 @@ from engine.errors import (
     InvalidArgument,
     OutOfMemory,
 )
-from engine.sampling import Logprobs, SamplingBatch
+from engine.sampling import EDIT, ROW, Logprobs, SamplingBatch
 from engine.source_stamp import source_stamp
 from engine.tap import Tap, TapPoint
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 LIBRARY_PATH = Path(__file__).resolve().parent / "libengine.so"
 DEVICES: Mapping[str, int] = MappingProxyType({"cpu": 0, "cuda": 1})
@@ -39,6 +39,9 @@ _STRUCTS: Mapping[str, str] = MappingProxyType(
         "engine_options_size": "EngineOptions",
         "engine_batch_size": "EngineBatch",
         "engine_tap_size": "EngineTap",
+        "engine_sampling_size": "EngineSampling",
+        "engine_sampling_row_size": "EngineSamplingRow",
+        "engine_logit_edit_size": "EngineLogitEdit",
     }
 )
 
@@ -173,6 +176,32 @@ class Library:
             setattr(struct, name, self.array(array, "int32_t", np.int32, name))
         return struct
 
+    def sampling(self, sampling: SamplingBatch, logprobs: Logprobs | None, num_rows: int) -> object:
+        """The C struct of a step's sampling; the arrays must outlive it.
+
+        Raises:
+            InvalidArgument: an array's length is not what the step implies.
+        """
+        struct = self.ffi.new("EngineSampling *")
+        _check_shape(sampling.rows, (num_rows,), "sampling.rows")
+        struct.rows = self.array(sampling.rows, "EngineSamplingRow", ROW, "sampling.rows")
+        struct.num_edits = len(sampling.edits)
+        struct.edits = self.array(sampling.edits, "EngineLogitEdit", EDIT, "sampling.edits")
+        if logprobs is not None:
+            width = logprobs.top_ids.shape[-1]
+            struct.max_logprobs = width
+            shapes = {
+                "token_logprobs": ((num_rows,), "float", np.float32),
+                "token_ranks": ((num_rows,), "int32_t", np.int32),
+                "top_ids": ((num_rows, width), "int32_t", np.int32),
+                "top_logprobs": ((num_rows, width), "float", np.float32),
+            }
+            for name, (shape, c_type, dtype) in shapes.items():
+                array = getattr(logprobs, name)
+                _check_shape(array, shape, name)
+                setattr(struct, name, self.array(array, c_type, dtype, name))
+        return struct
+
 
 class Engine:
     """A C engine: one model on one device, with its KV cache. A context manager.
@@ -274,15 +303,16 @@ class Engine:
             InvalidArgument: a field of the batch or a tap, by name; nothing was computed.
             DeviceFailed: the device failed; this engine is dead.
         """
-        if sampling is not None:
-            raise InvalidArgument("sampling is not in this build yet: only greedy rows are served")
         struct = self.library.batch(batch)
         num_logits = len(batch.logits_indices)
+        if sampling is not None:
+            sampling_struct = self.library.sampling(sampling, logprobs, num_logits)
+            struct.sampling = sampling_struct
         if logits is not None:
-            self._check_shape(logits, (num_logits, self.config.vocab_size), "logits")
+            _check_shape(logits, (num_logits, self.config.vocab_size), "logits")
             struct.logits = self.library.array(logits, "float", np.float32, "logits")
         if next_ids is not None:
-            self._check_shape(next_ids, (num_logits,), "next_ids")
+            _check_shape(next_ids, (num_logits,), "next_ids")
             struct.next_ids = self.library.array(next_ids, "int32_t", np.int32, "next_ids")
         structs = self.library.ffi.new("EngineTap[]", max(len(taps), 1))
         for struct_tap, tap in zip(structs, taps, strict=False):
@@ -303,7 +333,7 @@ class Engine:
         struct = self.library.batch(batch)
         next_ids = np.empty((num_steps, len(batch.seq_lens)), np.int32)
         if logits is not None:
-            self._check_shape(logits, (len(batch.seq_lens), self.config.vocab_size), "logits")
+            _check_shape(logits, (len(batch.seq_lens), self.config.vocab_size), "logits")
             struct.logits = self.library.array(logits, "float", np.float32, "logits")
         ids = self.library.array(next_ids, "int32_t", np.int32, "next_ids")
         self._call("engine_decode", struct, num_steps, ids)
@@ -318,13 +348,8 @@ class Engine:
             if array is None:
                 continue
             name = f"tap {tap.point.name} of layer {tap.layer}, {field}"
-            self._check_shape(array, (rows, width), name)
+            _check_shape(array, (rows, width), name)
             setattr(struct, field, self.library.array(array, "uint8_t", dtype.type, name))
-
-    @staticmethod
-    def _check_shape(array: np.ndarray, shape: tuple[int, ...], name: str) -> None:
-        if array.shape != shape:
-            raise InvalidArgument(f"{name} has shape {array.shape}, must be {shape}")
 
     def read_kv(self, layer: int, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """K and V of some cache slots, each uint16 [num_slots, num_kv_heads, head_dim]."""
@@ -371,3 +396,8 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _check_shape(array: np.ndarray, shape: tuple[int, ...], name: str) -> None:
+    if array.shape != shape:
+        raise InvalidArgument(f"{name} has shape {array.shape}, must be {shape}")

@@ -9,6 +9,7 @@ from engine.batch import Batch
 from engine.bindings import DEVICES, Library
 from engine.config import ModelConfig
 from engine.errors import InvalidArgument
+from engine.sampling import Logprobs, SamplingBatch
 
 
 class Ops:
@@ -199,6 +200,67 @@ class Ops:
             "op_argmax", self._int32(ids, "ids"), self._float(logits, "logits"), *logits.shape
         )
         return ids
+
+    def sample(
+        self,
+        logits: np.ndarray,
+        sampling: SamplingBatch,
+        uniforms: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, Logprobs | None]:
+        """Choose and score each row's token.
+
+        Args:
+            logits: float32 [num_rows, vocab_size].
+            sampling: how, row by row.
+            uniforms: the draws in units of 2^-64, uint64 [num_rows]; None: the rows' own.
+
+        Returns:
+            Token ids int32 [num_rows], and the scores where a row asks for them.
+        """
+        ids = np.empty(len(logits), np.int32)
+        logprobs = None
+        if sampling.max_logprobs is not None:
+            logprobs = Logprobs.empty(len(logits), sampling.max_logprobs)
+        draws = self.library.ffi.NULL
+        if uniforms is not None:
+            _same("uniforms", uniforms.shape, ids.shape)
+            draws = self.library.array(uniforms, "uint64_t", np.uint64, "uniforms")
+        self._call(
+            "op_sample",
+            self._int32(ids, "ids"),
+            self._float(logits, "logits"),
+            self.library.sampling(sampling, logprobs, len(logits)),
+            draws,
+            *logits.shape,
+        )
+        return ids, logprobs
+
+    def edit_logits(self, logits: np.ndarray, sampling: SamplingBatch) -> np.ndarray:
+        """The logits float32 [num_rows, vocab_size] after bias, penalties and bans."""
+        out = np.empty_like(logits)
+        self._call(
+            "op_edit_logits",
+            self._float(out, "out"),
+            self._float(logits, "logits"),
+            self.library.sampling(sampling, None, len(logits)),
+            *logits.shape,
+        )
+        return out
+
+    def uniform(self, seeds: np.ndarray, positions: np.ndarray, choices: np.ndarray) -> np.ndarray:
+        """The draws of n seeds (uint64), positions and choices (int32), in units of 2^-64."""
+        _same("positions", positions.shape, seeds.shape)
+        _same("choices", choices.shape, seeds.shape)
+        out = np.empty(len(seeds), np.uint64)
+        self._call(
+            "op_uniform",
+            self.library.array(out, "uint64_t", np.uint64, "out"),
+            self.library.array(seeds, "uint64_t", np.uint64, "seeds"),
+            self._int32(positions, "positions"),
+            self._int32(choices, "choices"),
+            len(seeds),
+        )
+        return out
 
     def tensor_core_step(self, c: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """One k16 step each for n outputs: c float32 [n], a and b bf16 [n, 16]; float32 [n]."""

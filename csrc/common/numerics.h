@@ -14,6 +14,7 @@ enum {
     NUMERICS_STEP = 16,         // products of one tensor-core step
     NUMERICS_NORM_LANES = 256,  // lanes of RMSNorm's sum, each taking NUMERICS_NORM_RUN consecutive values
     NUMERICS_NORM_RUN = 8,
+    NUMERICS_WEIGHT_BITS = 38,  // a token's weight is its exp2 in units of 2^-38; 2^24 of them fit 64 bits
 };
 
 // exp2's polynomial 1 + c1 f + ... + c6 f^6 on [-0.5, 0.5] as float32 bits: the relative minimax fit with

@@ -30,6 +30,9 @@ typedef struct EngineBuildInfo {
     uint32_t engine_options_size;
     uint32_t engine_batch_size;
     uint32_t engine_tap_size;
+    uint32_t engine_sampling_size;
+    uint32_t engine_sampling_row_size;
+    uint32_t engine_logit_edit_size;
     char source_stamp[65];      // SHA-256 of csrc/ at build time, hexadecimal
     char numerics_version[64];  // docs/numerics.md: changes exactly when a bit may change
 } EngineBuildInfo;
@@ -64,22 +67,69 @@ typedef struct EngineOptions {
     int32_t max_num_seqs;    // sequences of one step
 } EngineOptions;
 
+// How the token of one row of logits is chosen, and whether it is scored. docs/numerics.md section 8 has
+// the arithmetic.
+typedef struct EngineSamplingRow {
+    uint64_t seed;             // of the request; seed, position and choice alone decide the draw
+    int32_t position;          // of the token to choose, in its sequence, >= 0
+    int32_t choice;            // which of the request's answers this is, >= 0
+    float temperature;         // 0: the arg-max; else 1e-5 .. 100
+    float top_p;               // 1e-6 .. 1; 1: no limit
+    float min_p;               // 0 .. 1; 0: no limit
+    int32_t top_k;             // >= 0; 0: no limit
+    float repetition_penalty;  // 0.01 .. 100; 1: none
+    float presence_penalty;    // -2 .. 2
+    float frequency_penalty;   // -2 .. 2
+    int32_t num_logprobs;      // -1: not scored; else the most likely tokens listed, 0 .. max_logprobs
+    int32_t scored_id;         // the token to score, -1: the one chosen
+    int32_t num_edits;         // how many of EngineSampling's edits are this row's
+} EngineSamplingRow;
+
+typedef enum EngineEditFlags {
+    EDIT_SEEN = 1,    // in the prompt or the answer: repetition_penalty applies
+    EDIT_BANNED = 2,  // cannot be chosen
+} EngineEditFlags;
+
+// A logit that changes before the choice.
+typedef struct EngineLogitEdit {
+    int32_t token_id;  // at most once per row
+    int32_t count;     // occurrences in the answer: presence_penalty, frequency_penalty
+    float bias;        // added, -100 .. 100
+    int32_t flags;     // of EngineEditFlags
+} EngineLogitEdit;
+
+enum { ENGINE_MAX_LOGPROBS = 20 };
+
+// How a step's tokens are chosen. Scores are natural log-probabilities of the unmodified logits; rows that
+// ask for none, and places beyond a row's num_logprobs, are not written.
+typedef struct EngineSampling {
+    const EngineSamplingRow *rows;  // [num_logits]
+    const EngineLogitEdit *edits;   // [num_edits], row after row
+    int32_t num_edits;
+    int32_t max_logprobs;   // row length of the two arrays of alternatives, 0 .. ENGINE_MAX_LOGPROBS
+    float *token_logprobs;  // [num_logits] or null, where no row is scored
+    int32_t *token_ranks;   // [num_logits], 1: the arg-max
+    int32_t *top_ids;       // [num_logits, max_logprobs], the most likely first, lower id on a tie
+    float *top_logprobs;    // [num_logits, max_logprobs]
+} EngineSampling;
+
 // One step: sequences one after another, each with its new tokens in position order. A sequence with one
 // new token decodes, one with more prefills; both may ride in the same step.
 typedef struct EngineBatch {
     int32_t num_tokens;
     int32_t num_seqs;
-    int32_t max_blocks_per_seq;     // row length of block_tables
-    int32_t num_logits;             // rows of logits wanted, 0 allowed
-    const int32_t *input_ids;       // [num_tokens], 0 <= id < vocab_size
-    const int32_t *positions;       // [num_tokens], position of each token in its sequence
-    const int32_t *slot_mapping;    // [num_tokens], block_id * block_size + position % block_size
-    const int32_t *cu_seqlens_q;    // [num_seqs + 1], prefix sum of new tokens, starts at 0
-    const int32_t *seq_lens;        // [num_seqs], tokens in the cache after this step
-    const int32_t *block_tables;    // [num_seqs, max_blocks_per_seq], block ids in position order
-    const int32_t *logits_indices;  // [num_logits], rows of the step whose logits are wanted, ascending
-    float *logits;                  // [num_logits, vocab_size] or null
-    int32_t *next_ids;              // [num_logits] arg-max of each row, lowest id on a tie, or null
+    int32_t max_blocks_per_seq;      // row length of block_tables
+    int32_t num_logits;              // rows of logits wanted, 0 allowed
+    const int32_t *input_ids;        // [num_tokens], 0 <= id < vocab_size
+    const int32_t *positions;        // [num_tokens], position of each token in its sequence
+    const int32_t *slot_mapping;     // [num_tokens], block_id * block_size + position % block_size
+    const int32_t *cu_seqlens_q;     // [num_seqs + 1], prefix sum of new tokens, starts at 0
+    const int32_t *seq_lens;         // [num_seqs], tokens in the cache after this step
+    const int32_t *block_tables;     // [num_seqs, max_blocks_per_seq], block ids in position order
+    const int32_t *logits_indices;   // [num_logits], rows of the step whose logits are wanted, ascending
+    float *logits;                   // [num_logits, vocab_size] or null
+    int32_t *next_ids;               // [num_logits] arg-max of each row, lowest id on a tie, or null
+    const EngineSampling *sampling;  // how next_ids are chosen instead, or null
 } EngineBatch;
 
 // Named points of the forward pass, in the order in which one layer reaches them.
@@ -135,9 +185,9 @@ Status engine_finish_loading(Engine *engine);
 Status engine_forward(Engine *engine, const EngineBatch *batch, const EngineTap *taps, int32_t num_taps);
 
 // `num_steps` greedy steps in a row without a look at the host: step i + 1 takes the arg-max of step i.
-// `batch` is the first step; every sequence has one new token, logits_indices names every row, and the
-// block tables reach num_steps - 1 tokens further. logits, where not null, are the last step's. next_ids
-// [num_steps, num_seqs].
+// `batch` is the first step, its sampling null; every sequence has one new token, logits_indices names
+// every row, and the block tables reach num_steps - 1 tokens further. logits, where not null, are the last
+// step's. next_ids [num_steps, num_seqs].
 Status engine_decode(Engine *engine, const EngineBatch *batch, int32_t num_steps, int32_t *next_ids);
 
 // Values per row of a tap and bytes per value (2: bf16, 4: float32). Rows: num_tokens, but num_logits for

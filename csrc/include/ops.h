@@ -55,6 +55,17 @@ Status op_residual_add(OpContext *context, uint16_t *out, const uint16_t *x, con
 Status op_argmax(OpContext *context, int32_t *ids, const float *logits, int32_t num_rows,
                  int32_t vocab_size);
 
+// The choice and score of each row's token, as engine_forward makes them. `uniforms` [num_rows] are the
+// draws as fractions of 2^64, or null: those of the rows' seed, position and choice.
+Status op_sample(OpContext *context, int32_t *ids, const float *logits, const EngineSampling *sampling,
+                 const uint64_t *uniforms, int32_t num_rows, int32_t vocab_size);
+// The logits [num_rows, vocab_size] after a sampling's edits.
+Status op_edit_logits(OpContext *context, float *out, const float *logits, const EngineSampling *sampling,
+                      int32_t num_rows, int32_t vocab_size);
+// The draws of n (seed, position, choice).
+Status op_uniform(OpContext *context, uint64_t *out, const uint64_t *seeds, const int32_t *positions,
+                  const int32_t *choices, int64_t n);
+
 // The k16 step for n independent outputs: d[i] = step(c[i], a[i, 0..15], b[i, 0..15]).
 Status op_tensor_core_step(OpContext *context, float *d, const float *c, const uint16_t *a,
                            const uint16_t *b, int64_t n);

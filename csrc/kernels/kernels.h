@@ -134,6 +134,65 @@ typedef Status Argmax(int32_t *ids,         // [num_rows]
                       const float *logits,  // [num_rows, vocab_size]
                       int num_rows, int vocab_size, Stream stream);
 
+// How one row's token is chosen, in the terms of docs/numerics.md section 8.
+typedef struct SampleRow {
+    uint64_t uniform;  // the draw, in units of 2^-64
+    uint64_t top_p;    // the mass kept, in units of 2^-64; 0: no limit
+    float scale;       // float32(log2(e) / temperature); 0: the row keeps its arg-max
+    float min_p;
+    int32_t top_k;  // 0: no limit
+    float repetition_penalty;
+    float presence_penalty;
+    float frequency_penalty;
+    int32_t num_logprobs;  // -1: not scored
+    int32_t scored_id;     // -1: the chosen one
+} SampleRow;
+
+// A logit that changes before the choice; (row, token_id) occurs once.
+typedef struct LogitEdit {
+    int32_t row;
+    int32_t token_id;
+    int32_t count;
+    float bias;
+    int32_t flags;  // EngineEditFlags
+} LogitEdit;
+
+// What a row's log-probabilities are made of.
+typedef struct TokenScore {
+    uint64_t mass;  // sum of all weights; 0 where the largest logit is not finite
+    float largest;  // logit
+    float logit;    // of the scored token
+    int32_t rank;   // of the scored token, 1: the arg-max
+    int32_t top_ids[ENGINE_MAX_LOGPROBS];
+    float top_logits[ENGINE_MAX_LOGPROBS];
+} TokenScore;
+
+// Bias, penalties and bans, in place; the values that were there go to `saved`.
+typedef Status EditLogits(float *logits,           // [num_rows, vocab_size]
+                          float *saved,            // [num_edits]
+                          const LogitEdit *edits,  // [num_edits]
+                          const SampleRow *rows,   // [num_rows]
+                          int num_edits, int vocab_size, Stream stream);
+
+// Undoes it.
+typedef Status RestoreLogits(float *logits,           // [num_rows, vocab_size]
+                             const float *saved,      // [num_edits]
+                             const LogitEdit *edits,  // [num_edits]
+                             int num_edits, int vocab_size, Stream stream);
+
+// Temperature, top-k, top-p, min-p and the draw; rows without a temperature are left as they are.
+typedef Status Sample(int32_t *ids,           // [num_rows]: each row's arg-max, then its token
+                      const float *logits,    // [num_rows, vocab_size]
+                      const SampleRow *rows,  // [num_rows]
+                      int num_rows, int vocab_size, Stream stream);
+
+// Rows with num_logprobs < 0 are left out.
+typedef Status ScoreTokens(TokenScore *scores,     // [num_rows]
+                           const float *logits,    // [num_rows, vocab_size]
+                           const int32_t *ids,     // [num_rows]: the chosen tokens
+                           const SampleRow *rows,  // [num_rows]
+                           int num_rows, int vocab_size, Stream stream);
+
 // A decoder layer as a fused step takes it, its cache included.
 typedef struct DecodeLayer {
     const bf16 *input_layernorm;           // [hidden_size]
@@ -208,6 +267,10 @@ typedef struct Kernels {
     SiluAndMul *silu_and_mul;
     ResidualAdd *residual_add;
     Argmax *argmax;
+    EditLogits *edit_logits;
+    RestoreLogits *restore_logits;
+    Sample *sample;
+    ScoreTokens *score_tokens;
     TensorCoreStep *tensor_core_step;
     Exp2 *exp2;
     // The fused step; null where a backend has none.
@@ -244,6 +307,10 @@ Attention twin_attention, cuda_attention;
 SiluAndMul twin_silu_and_mul, cuda_silu_and_mul;
 ResidualAdd twin_residual_add, cuda_residual_add;
 Argmax twin_argmax, cuda_argmax;
+EditLogits twin_edit_logits, cuda_edit_logits;
+RestoreLogits twin_restore_logits, cuda_restore_logits;
+Sample twin_sample, cuda_sample;
+ScoreTokens twin_score_tokens, cuda_score_tokens;
 TensorCoreStep twin_tensor_core_step, cuda_tensor_core_step;
 Exp2 twin_exp2, cuda_exp2;
 DecodeWorkspaceBytes cuda_decode_workspace_bytes;

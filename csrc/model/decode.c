@@ -11,8 +11,8 @@ int decode_applies(const Model *model, const BatchIndex *batch) {
            batch->num_seqs <= model->kernels->decode_max_seqs();
 }
 
-Status decode_forward(Model *model, const BatchIndex *batch, int steps_before, int num_steps, float *logits,
-                      int32_t *next_ids) {
+Status decode_forward(Model *model, const BatchIndex *batch, int steps_before, int num_steps,
+                      const EngineSampling *sampling, float *logits, int32_t *next_ids) {
     const Kernels *k = model->kernels;
     Activations *a = &model->activations;
     Stream stream = model->stream;
@@ -27,6 +27,9 @@ Status decode_forward(Model *model, const BatchIndex *batch, int steps_before, i
     if (logits)
         TRY(k->copy_out(logits, a->logits,
                         (size_t)batch->num_seqs * model->config.vocab_size * sizeof(float), stream));
-    if (next_ids) TRY(k->copy_out(next_ids, a->next_ids, (size_t)num_steps * row_bytes, stream));
+    if (sampling)
+        TRY(model_choose(model, sampling, 0, batch->num_seqs, next_ids));
+    else if (next_ids)
+        TRY(k->copy_out(next_ids, a->next_ids, (size_t)num_steps * row_bytes, stream));
     return k->synchronize(stream);
 }

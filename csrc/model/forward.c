@@ -70,8 +70,8 @@ static Status mlp_block(Model *model, int layer, const BatchIndex *batch, const 
 }
 
 // Final norm and logits of the wanted rows, a slice of rows at a time so that the buffer stays small.
-static Status output_block(Model *model, const BatchIndex *batch, const TapSet *taps, float *logits,
-                           int32_t *next_ids) {
+static Status output_block(Model *model, const BatchIndex *batch, const TapSet *taps,
+                           const EngineSampling *sampling, float *logits, int32_t *next_ids) {
     const EngineModelConfig *c = &model->config;
     const Kernels *k = model->kernels;
     Activations *a = &model->activations;
@@ -92,19 +92,16 @@ static Status output_block(Model *model, const BatchIndex *batch, const TapSet *
         if (logits)
             TRY(k->copy_out(logits + (size_t)first * c->vocab_size, a->logits, num_rows * row_bytes,
                             stream));
-        if (next_ids) {
-            TRY(k->argmax(a->next_ids, a->logits, num_rows, c->vocab_size, stream));
-            TRY(k->copy_out(next_ids + first, a->next_ids, num_rows * sizeof(int32_t), stream));
-        }
+        TRY(model_choose(model, sampling, first, num_rows, next_ids ? next_ids + first : NULL));
     }
     return STATUS_OK;
 }
 
-Status model_forward(Model *model, const BatchIndex *batch, const TapSet *taps, float *logits,
-                     int32_t *next_ids) {
+Status model_forward(Model *model, const BatchIndex *batch, const TapSet *taps,
+                     const EngineSampling *sampling, float *logits, int32_t *next_ids) {
     Activations *a = &model->activations;
     if (taps->num_taps == 0 && decode_applies(model, batch))
-        return decode_forward(model, batch, 0, 1, logits, next_ids);
+        return decode_forward(model, batch, 0, 1, sampling, logits, next_ids);
     TRY(model->kernels->embedding(a->residual, &model->weights.embed_tokens, batch->input_ids,
                                   batch->num_tokens, model->stream));
     TRY(tap(model, taps, TAP_EMBED, 0, a->residual, batch));
@@ -112,6 +109,6 @@ Status model_forward(Model *model, const BatchIndex *batch, const TapSet *taps, 
         TRY(attention_block(model, layer, batch, taps));
         TRY(mlp_block(model, layer, batch, taps));
     }
-    TRY(output_block(model, batch, taps, logits, next_ids));
+    TRY(output_block(model, batch, taps, sampling, logits, next_ids));
     return model->kernels->synchronize(model->stream);
 }

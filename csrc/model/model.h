@@ -41,12 +41,30 @@ typedef struct Activations {
     int logits_rows;    // rows of logits computed at a time
 } Activations;
 
+// Where sampling works: sized once for a slice of logits_rows rows and the edits of one row at least.
+typedef struct SamplingRoom {
+    void *host_staged;        // a slice's rows, then its edits
+    void *staged;             // the same in the backend's memory
+    float *saved;             // [max_edits]
+    TokenScore *scores;       // [max_rows]
+    TokenScore *host_scores;  // [max_rows]
+    int max_edits;
+} SamplingRoom;
+
+typedef struct SamplingSizes {
+    int max_edits;
+    size_t staged, saved, scores;  // bytes of the room's arrays
+} SamplingSizes;
+
+SamplingSizes sampling_sizes(int max_rows, int vocab_size);
+
 typedef struct Model {
     EngineModelConfig config;
     const Kernels *kernels;
     Stream stream;
     Weights weights;
     Activations activations;
+    SamplingRoom sampling;
     KvLayer *cache;        // [num_layers]
     DecodeProblem decode;  // for the backend's fused step; workspace is null where it has none
 } Model;
@@ -66,14 +84,40 @@ int tap_value_size(TapPoint point);  // bytes
 // The table of cos and sin, bf16 [max_positions, head_dim], on the host.
 Status rope_table_fill(bf16 *table, const EngineModelConfig *config, int max_positions);
 
+// The draw of a seed, a position and a choice, in units of 2^-64.
+uint64_t uniform_of(uint64_t seed, int32_t position, int32_t choice);
+
+// What choosing tokens needs beside the logits.
+typedef struct SamplingTask {
+    const Kernels *kernels;
+    Stream stream;
+    const SamplingRoom *room;
+    const EngineSampling *sampling;
+    const uint64_t *uniforms;  // host [all rows], or null: the rows' own
+    int32_t *ids;              // backend [num_rows]
+    int vocab_size;
+} SamplingTask;
+
+// The kernels' arrays for rows first .. first + num_rows - 1, in the backend's memory; `edits` are the
+// caller's from the first row on.
+Status stage_sampling(const SamplingTask *task, int first, int num_rows, const EngineLogitEdit *edits,
+                      const SampleRow **rows, const LogitEdit **device_edits, int *num_edits);
+
+// Rows first .. first + num_rows - 1 of a step, whose logits are given: tokens to the host array next_ids
+// [num_rows], unless null, and scores to the sampling's arrays. The logits are left as they were.
+Status choose_tokens(const SamplingTask *task, float *logits, int first, int num_rows, int32_t *next_ids);
+
 // The fused step: whether it can take this batch, and one or several greedy steps with it. `next_ids` is
 // [num_steps, num_seqs] on the host, or null. The batch's arrays advance in place; `steps_before` are
-// already done.
+// already done. `sampling` chooses the last step's tokens, where not null.
 int decode_applies(const Model *model, const BatchIndex *batch);
-Status decode_forward(Model *model, const BatchIndex *batch, int steps_before, int num_steps, float *logits,
-                      int32_t *next_ids);
+Status decode_forward(Model *model, const BatchIndex *batch, int steps_before, int num_steps,
+                      const EngineSampling *sampling, float *logits, int32_t *next_ids);
 
 // One step: fills host arrays logits [num_logits, vocab_size] and next_ids [num_logits], either may be
-// null.
-Status model_forward(Model *model, const BatchIndex *batch, const TapSet *taps, float *logits,
-                     int32_t *next_ids);
+// null; next_ids are the arg-max, or chosen as `sampling` says, unless null.
+Status model_forward(Model *model, const BatchIndex *batch, const TapSet *taps,
+                     const EngineSampling *sampling, float *logits, int32_t *next_ids);
+// Its end: the logits of rows first .. first + num_rows - 1 of the step are in the activations.
+Status model_choose(Model *model, const EngineSampling *sampling, int first, int num_rows,
+                    int32_t *next_ids);

@@ -19,3 +19,6 @@ typedef struct BatchLimits {
 // suffice.
 Status batch_check(const EngineBatch *batch, const BatchLimits *limits, int extra_tokens,
                    uint32_t *slot_owner, uint32_t step);
+
+// `is_edited` is the caller's scratch, [vocab_size], all zero before and after (sampling.c).
+Status sampling_check(const EngineSampling *sampling, int num_rows, int vocab_size, uint8_t *is_edited);

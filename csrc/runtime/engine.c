@@ -46,6 +46,19 @@ static Status allocate_activations(Engine *e) {
     return allocate(e, &a->next_ids, ids * sizeof(int32_t), account);
 }
 
+static Status allocate_sampling(Engine *e) {
+    SamplingRoom *room = &e->model.sampling;
+    int vocab_size = e->model.config.vocab_size;
+    SamplingSizes sizes = sampling_sizes(e->model.activations.logits_rows, vocab_size);
+    room->max_edits = sizes.max_edits;
+    TRY(allocate_host(&e->is_edited, (size_t)vocab_size));
+    TRY(allocate_host(&room->host_staged, sizes.staged));
+    TRY(allocate_host(&room->host_scores, sizes.scores));
+    TRY(allocate(e, &room->staged, sizes.staged, &e->workspace_bytes));
+    TRY(allocate(e, &room->saved, sizes.saved, &e->workspace_bytes));
+    return allocate(e, &room->scores, sizes.scores, &e->workspace_bytes);
+}
+
 static Status allocate_cache(Engine *e) {
     const EngineModelConfig *c = &e->model.config;
     const EngineOptions *o = &e->options;
@@ -98,6 +111,7 @@ static Status build(Engine *e) {
     TRY(e->model.kernels->open_stream(&e->model.stream, o->num_threads));
     TRY(allocate_weights(e));
     TRY(allocate_activations(e));
+    TRY(allocate_sampling(e));
     TRY(allocate_cache(e));
     TRY(build_rope_table(e));
     size_t max_blocks = ((size_t)o->max_seq_len + o->block_size - 1) / o->block_size;
@@ -141,6 +155,9 @@ Status engine_destroy(Engine *e) {
     free(e->slots);
     free(e->index_host);
     free(e->slot_owner);
+    free(e->is_edited);
+    free(e->model.sampling.host_staged);
+    free(e->model.sampling.host_scores);
     free(e->decode_layers);
     free(e->greedy_arrays);
     free(e->model.cache);
@@ -210,11 +227,13 @@ Status engine_forward(Engine *e, const EngineBatch *batch, const EngineTap *taps
     TRY(check_usable(e));
     TRY(check_taps(e, taps, num_taps));
     TRY(batch_check(batch, &e->limits, 0, e->slot_owner, ++e->step));
+    if (batch->sampling)
+        TRY(sampling_check(batch->sampling, batch->num_logits, e->limits.vocab_size, e->is_edited));
     BatchIndex index;
     TapSet set = {taps, num_taps};
     Status status = index_of_batch(e, batch, &index);
     if (status == STATUS_OK)
-        status = model_forward(&e->model, &index, &set, batch->logits, batch->next_ids);
+        status = model_forward(&e->model, &index, &set, batch->sampling, batch->logits, batch->next_ids);
     if (status == STATUS_DEVICE_ERROR) e->is_dead = 1;
     return status;
 }

@@ -17,6 +17,7 @@ struct Engine {
     size_t index_count;    // int32 values in each
     uint32_t *slot_owner;  // batch_check's scratch
     uint32_t step;
+    uint8_t *is_edited;          // sampling_check's scratch, [vocab_size]
     int32_t *greedy_arrays;      // [4, max_num_seqs]: input_ids, positions, slots, lengths of a later step
     DecodeLayer *decode_layers;  // [num_layers], what the fused step is given
     bf16 *kv_pool;               // [num_layers, num_blocks, num_kv_heads, 2, block_size, head_dim]

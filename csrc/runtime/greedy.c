@@ -89,8 +89,8 @@ static Status decode_one_by_one(Engine *e, const EngineBatch *batch, int num_ste
         if (i > 0) advance(e, batch, arrays, next_ids + (size_t)(i - 1) * n);
         status = index_of_batch(e, &step, &index);
         if (status == STATUS_OK)
-            status = model_forward(&e->model, &index, &no_taps, i == num_steps - 1 ? batch->logits : NULL,
-                                   next_ids + (size_t)i * n);
+            status = model_forward(&e->model, &index, &no_taps, NULL,
+                                   i == num_steps - 1 ? batch->logits : NULL, next_ids + (size_t)i * n);
     }
     return status;
 }
@@ -99,7 +99,7 @@ static Status decode_fused(Engine *e, const BatchIndex *index, int num_steps, fl
                            int32_t *next_ids) {
     for (int done = 0; done < num_steps; done += GREEDY_STEPS) {
         int steps = num_steps - done < GREEDY_STEPS ? num_steps - done : GREEDY_STEPS;
-        TRY(decode_forward(&e->model, index, done, steps, logits,
+        TRY(decode_forward(&e->model, index, done, steps, NULL, logits,
                            next_ids + (size_t)done * index->num_seqs));
     }
     return STATUS_OK;
@@ -116,6 +116,8 @@ Status engine_decode(Engine *e, const EngineBatch *batch, int32_t num_steps, int
         return fail(STATUS_INVALID_ARGUMENT,
                     "num_tokens is %d and num_logits %d, both must be %d (num_seqs)", batch->num_tokens,
                     batch->num_logits, batch->num_seqs);
+    if (batch->sampling)
+        return fail(STATUS_INVALID_ARGUMENT, "sampling is not null, but these steps are greedy");
     BatchIndex index;
     Status status = index_of_batch(e, batch, &index);
     if (status == STATUS_OK)

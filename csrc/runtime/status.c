@@ -26,12 +26,15 @@ Status engine_last_error(const char **message) {
 Status engine_build_info(EngineBuildInfo *info) {
     if (!info) return fail(STATUS_INVALID_ARGUMENT, "info is null");
     memset(info, 0, sizeof *info);
-    info->abi_version = 1;
+    info->abi_version = 2;
     info->has_cuda = BUILT_WITH_CUDA;
     info->model_config_size = sizeof(EngineModelConfig);
     info->engine_options_size = sizeof(EngineOptions);
     info->engine_batch_size = sizeof(EngineBatch);
     info->engine_tap_size = sizeof(EngineTap);
+    info->engine_sampling_size = sizeof(EngineSampling);
+    info->engine_sampling_row_size = sizeof(EngineSamplingRow);
+    info->engine_logit_edit_size = sizeof(EngineLogitEdit);
     snprintf(info->source_stamp, sizeof info->source_stamp, "%s", SOURCE_STAMP);
     snprintf(info->numerics_version, sizeof info->numerics_version, "%s", numerics_version());
     return STATUS_OK;

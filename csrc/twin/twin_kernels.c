@@ -76,6 +76,10 @@ const Kernels *twin_kernels(void) {
         .silu_and_mul = twin_silu_and_mul,
         .residual_add = twin_residual_add,
         .argmax = twin_argmax,
+        .edit_logits = twin_edit_logits,
+        .restore_logits = twin_restore_logits,
+        .sample = twin_sample,
+        .score_tokens = twin_score_tokens,
         .tensor_core_step = twin_tensor_core_step,
         .exp2 = twin_exp2,
     };

@@ -64,6 +64,9 @@ def fake_library(tmp_path: Path, **fields: str) -> Path:
         "engine_options_size": "sizeof(EngineOptions)",
         "engine_batch_size": "sizeof(EngineBatch)",
         "engine_tap_size": "sizeof(EngineTap)",
+        "engine_sampling_size": "sizeof(EngineSampling)",
+        "engine_sampling_row_size": "sizeof(EngineSamplingRow)",
+        "engine_logit_edit_size": "sizeof(EngineLogitEdit)",
     } | fields
     source = tmp_path / "fake.c"
     source.write_text(
@@ -98,6 +101,9 @@ def test_another_abi_version_is_refused_with_both_numbers(tmp_path: Path):
         ("engine_options_size", "EngineOptions"),
         ("engine_batch_size", "EngineBatch"),
         ("engine_tap_size", "EngineTap"),
+        ("engine_sampling_size", "EngineSampling"),
+        ("engine_sampling_row_size", "EngineSamplingRow"),
+        ("engine_logit_edit_size", "EngineLogitEdit"),
     ],
 )
 def test_another_struct_size_is_refused_by_name(tmp_path: Path, field: str, struct: str):

@@ -9,7 +9,16 @@ import pytest
 from engine.bindings import Library
 
 INCLUDE = Path(__file__).resolve().parents[2] / "csrc" / "include"
-STRUCTS = ("EngineBuildInfo", "EngineModelConfig", "EngineOptions", "EngineBatch", "EngineTap")
+STRUCTS = (
+    "EngineBuildInfo",
+    "EngineModelConfig",
+    "EngineOptions",
+    "EngineBatch",
+    "EngineTap",
+    "EngineSampling",
+    "EngineSamplingRow",
+    "EngineLogitEdit",
+)
 LANGUAGES = {"C11": ("cc", "c", "-std=c11"), "C++17": ("c++", "c++", "-std=c++17")}
 
 

@@ -9,16 +9,7 @@
 #pragma once
 #include "decode_step.cuh"
 
-constexpr int kKeyGroups = NUMERICS_TILE / 8;
-constexpr int kDimGroups = kTileCols / 8;
-constexpr int kDimSteps = kTileCols / NUMERICS_STEP;
-constexpr int kKeySteps = NUMERICS_TILE / NUMERICS_STEP;
-constexpr int kStepsPerHalf = kPieceKeys / NUMERICS_STEP;
 constexpr int kFoldBatch = 4;  // segments loaded together
-
-__device__ __forceinline__ float bf16_product(float a, float b) {
-    return to_float(to_bf16(__fmul_rn(a, b)));
-}
 
 // Pair `pair` of one head through RoPE, docs/numerics.md section 6.
 __device__ __forceinline__ void rotate_pair(bf16 *out, const bf16 *x, const bf16 *table_row, int pair) {
@@ -82,64 +73,11 @@ static __device__ __forceinline__ void give_back_piece(StepShared &shared, int p
     if (own_thread() % kWarp == 0) release_piece(shared, piece);
 }
 
-// P of a row and its sum, from its scores: this lane holds keys 8 j + 2 q and + 1. Keys that do not count
-// have a score of minus infinity, which makes their P +0.
-static __device__ __forceinline__ void softmax_row(uint32_t (&p)[kKeyGroups], float &max, float &sum,
-                                                   const float (&scores)[kKeyGroups][2], float scale) {
-    float largest = __int_as_float(0xff800000);
-#pragma unroll
-    for (int j = 0; j < kKeyGroups; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) largest = fmaxf(largest, scores[j][e]);
-    }
-    largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 2));
-    max = __fmul_rn(largest, scale);
-    sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kKeyGroups; ++j) {
-        float pair[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            float exponent = __fmaf_rn(scores[j][e], scale, -max);
-            pair[e] = contract_exp2(exponent);
-        }
-        p[j] = pack_bf16(pair[0], pair[1]);
-        sum = __fadd_rn(sum, __fadd_rn(low_float(p[j]), high_float(p[j])));
-    }
-    sum = __fadd_rn(sum, __shfl_xor_sync(kFullWarp, sum, 1));
-    sum = __fadd_rn(sum, __shfl_xor_sync(kFullWarp, sum, 2));
-}
-
-// Scores of the heads (rows g) with sixteen keys that start at `rows`: two chains side by side.
-static __device__ __forceinline__ void score_keys(float (&low)[2], float (&high)[2],
-                                                  const uint32_t (&query)[kDimSteps][2], uint32_t rows) {
-    int lane = own_thread() % kWarp;
-    float acc[2][4] = {};
-    uint32_t keys[2][2][4];  // of eight keys each: columns 0 .. 31 and 32 .. 63
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        int row = i / 2 * 8 + lane % 8, chunk = i % 2 * 4 + lane / 8;
-        load_matrix_x4(keys[i / 2][i % 2], rows + tile_offset(row, chunk) * (int)sizeof(bf16));
-    }
-#pragma unroll
-    for (int s = 0; s < kDimSteps; ++s) {
-        const uint32_t heads[4] = {query[s][0], 0, query[s][1], 0};
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-            mma_m16n8k16(acc[i], heads, keys[i][s / 2][s % 2 * 2], keys[i][s / 2][s % 2 * 2 + 1]);
-    }
-    low[0] = acc[0][0], low[1] = acc[0][1];
-    high[0] = acc[1][0], high[1] = acc[1][1];
-}
-
 // One tile by one warp; rows are the heads of the group. Its pieces are numbers `piece`, ...: K, then V.
 static __device__ __forceinline__ void attend_tile(StepShared &shared, const AttentionTask &task, int tile,
                                                    int piece, int group_size, float scale,
                                                    float (*partial)[kPartialColumns]) {
     const AttentionShared &own = shared.attention;
-    constexpr int kHalfBytes = kStepsPerHalf * NUMERICS_STEP * kTileCols * (int)sizeof(bf16);
-    constexpr int kStepBytes = kHalfBytes / kStepsPerHalf;
     int lane = own_thread() % kWarp, g = lane / 4, q = lane % 4;
     int cached = task.cached_keys(tile), num_keys = task.num_keys(tile), halves = task.halves(tile);
     int num_steps = (num_keys + NUMERICS_STEP - 1) / NUMERICS_STEP;
@@ -192,16 +130,7 @@ static __device__ __forceinline__ void attend_tile(StepShared &shared, const Att
                 patch_piece(shared.ring[slot_of(piece + half)], own.value, new_row, end_row);
         }
         if (s < num_steps) {
-            const uint32_t weights[4] = {p[2 * s], 0, p[2 * s + 1], 0};
-            uint32_t rows = half_rows + s % kStepsPerHalf * kStepBytes;
-#pragma unroll
-            for (int f = 0; f < kDimGroups; f += 2) {
-                uint32_t values[4];  // keys + 0 and + 8 of columns f, then of columns f + 1
-                load_matrix_x4_transposed(values,
-                                          rows + tile_offset(lane % 16, f + lane / 16) * (int)sizeof(bf16));
-                mma_m16n8k16(out[f], weights, values[0], values[1]);
-                mma_m16n8k16(out[f + 1], weights, values[2], values[3]);
-            }
+            weigh_values(out, p[2 * s], p[2 * s + 1], half_rows + s % kStepsPerHalf * kStepBytes);
         }
         if (s % kStepsPerHalf == kStepsPerHalf - 1 && half < halves)
             give_back_piece(shared, piece + half, is_patched);

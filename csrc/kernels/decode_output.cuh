@@ -2,36 +2,8 @@
 // next step's input.
 
 #pragma once
+#include "decode_candidate.cuh"
 #include "decode_step.cuh"
-
-// A logit and where it stands; the better of two is the larger value, then the lower id; NaN above every
-// number.
-struct Candidate {
-    float value;
-    int id;
-
-    __device__ void take_better(float other, int other_id) {
-        bool is_nan = value != value, other_is_nan = other != other;
-        bool is_better = is_nan != other_is_nan      ? other_is_nan
-                         : !is_nan && value != other ? other > value
-                                                     : other_id < id;
-        if (is_better) {
-            value = other;
-            id = other_id;
-        }
-    }
-    __device__ void take_best_of_warp() {
-#pragma unroll
-        for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-            float other = __shfl_xor_sync(kFullWarp, value, offset);
-            int other_id = __shfl_xor_sync(kFullWarp, id, offset);
-            take_better(other, other_id);
-        }
-    }
-};
-static __device__ __forceinline__ Candidate no_candidate() {
-    return {__int_as_float(0xff800000), 0x7fffffff};
-}
 
 // Each thread's best logit of its token to the token's best of the whole grid; a warp per token.
 static __device__ __forceinline__ void argmax_phase(StepShared &shared, const StepArguments &args,

@@ -1,4 +1,5 @@
-// decode_step.cu -- a whole decode step in one launch: every layer, the LM head and arg-max.
+// decode_step.cu -- a whole decode step in one launch: every layer, the LM head and arg-max. Steps of more
+// sequences go to decode_batch.cu.
 //
 //   per layer   q, k, v = norm(x) W;  attention;  x += attn Wo;  act = silu(norm(x) Wg) * (norm(x) Wu)
 //               x += act Wd
@@ -12,6 +13,7 @@
 //           decode_output.cuh; tests/kernels/test_bits_decode_step.py
 
 #include "decode_attention.cuh"
+#include "decode_batch.cuh"
 #include "decode_linear.cuh"
 #include "decode_output.cuh"
 #include "decode_stream.cuh"
@@ -126,8 +128,15 @@ static size_t tickets_bytes(const DecodeProblem *p) {
     return (kStepTokens * (size_t)p->num_kv_heads * sizeof(unsigned) + 127) / 128 * 128;
 }
 
+static size_t step_workspace_bytes(const DecodeProblem *p) {
+    size_t segments = kStepTokens * (size_t)p->num_heads * max_segments(p->max_seq_len);
+    size_t bytes = sizeof(StepCounters) + candidates_bytes() + tickets_bytes(p) +
+                   segments * kPartialColumns * sizeof(float);
+    return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+}
+
 extern "C" int cuda_decode_max_seqs(void) {
-    return kStepTokens;
+    return kBatchMaxSeqs;
 }
 
 // A thread keeps one element of the residual stream: a card, or a slice of one, needs this many
@@ -139,18 +148,20 @@ static bool enough_multiprocessors(int hidden_size) {
     return (units + blocks - 1) / blocks * kOutputs <= kConsumers;
 }
 
-extern "C" size_t cuda_decode_workspace_bytes(const DecodeProblem *p, int max_seq_len) {
+extern "C" size_t cuda_decode_workspace_bytes(const DecodeProblem *p) {
     if (!enough_multiprocessors(p->hidden_size) || p->hidden_size > kMaxHidden ||
         p->intermediate_size > kMaxIntermediate || p->num_heads / p->num_kv_heads > kMaxGroup ||
         p->num_layers > kMaxLayers)
         return 0;
-    return sizeof(StepCounters) + candidates_bytes() + tickets_bytes(p) +
-           kStepTokens * (size_t)p->num_heads * max_segments(max_seq_len) * kPartialColumns * sizeof(float);
+    return step_workspace_bytes(p) + batch_workspace_bytes(*p);
 }
 
 extern "C" Status cuda_decode_step(const DecodeProblem *problem, const BatchIndex *batch, int advance,
                                    Stream stream) {
     char *workspace = static_cast<char *>(problem->workspace);
+    if (batch->num_seqs > kStepTokens)
+        return launch_batch_step(*problem, *batch, advance != 0, workspace + step_workspace_bytes(problem),
+                                 (cudaStream_t)stream);
     StepArguments args = {};
     args.problem = *problem;
     for (int i = 0; i < problem->num_layers; ++i) args.layers[i] = problem->layers[i];

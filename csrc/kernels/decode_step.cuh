@@ -16,6 +16,7 @@
 extern "C" {
 #include "kernels.h"
 }
+#include "decode_tile.cuh"
 
 constexpr int kStepTokens = 8;         // most sequences of a step: the rows of one fragment
 constexpr int kUnitRows = kStripRows;  // weight rows of a unit of work: the columns of one fragment
@@ -26,7 +27,6 @@ constexpr int kStepThreads = kConsumers + kWarp;
 constexpr int kMaxLayers = 32;    // their pointers travel as kernel parameters, which hold 4 KiB and more
 constexpr int kMaxHidden = 2048;  // one pass of RMSNorm's 256 lanes
 constexpr int kMaxIntermediate = 16384;  // the chunk sums of down's two units a block must fit together
-constexpr int kMaxGroup = 8;             // query heads per kv head
 constexpr int kPieceBytes = kUnitRows * NUMERICS_CHUNK * (int)sizeof(bf16);  // a unit's chunk, 8 KiB
 constexpr int kSlots = 22;  // of the ring: 176 KiB, five microseconds of this block's share of memory
 // Pieces on their way at once, 56 KiB: enough for the bandwidth; more queue up before the barriers'
@@ -37,8 +37,7 @@ constexpr int kRoundTasks = 64;     // chunk sums kept before they are added up
 constexpr int kInputPadding = 8;    // values: rows start in different banks
 constexpr int kInputValues = kStepTokens * (kMaxHidden + kInputPadding);
 constexpr int kNormGroups = NUMERICS_NORM_LANES / kWarp;
-constexpr int kPartialColumns = kTileCols + 2;                             // 64 values, maximum, sum
-constexpr int kPieceKeys = kPieceBytes / (kTileCols * (int)sizeof(bf16));  // 64: half an attention tile
+static_assert(kPieceBytes == kPieceKeys * kKeyBytes, "weights and keys share the ring");
 constexpr int kStripBytes = kStripValues * (int)sizeof(bf16);
 
 // The order of a phase's pieces within a block, the same for the producer and the consumers: rounds of
@@ -205,7 +204,6 @@ static __device__ PhaseOrder order_of_phase(const StepArguments &args, int phase
 }
 
 // One segment of one sequence and kv head: a block's task in the attention phase.
-constexpr int kSegmentKeys = NUMERICS_TILE * NUMERICS_SEGMENT;
 
 struct AttentionTask {
     int sequence, kv_head, segment;

@@ -91,7 +91,6 @@ static __device__ __forceinline__ int stream_phase(StepShared &shared, int piece
 // segment.
 static __device__ __forceinline__ int stream_cache(StepShared &shared, const StepArguments &args,
                                                    const KvLayer &cache, int piece) {
-    constexpr int kKeyBytes = kTileCols * (int)sizeof(bf16);
     constexpr int kLaneRuns = kSegmentKeys / kSmallestBlock / kWarp;
     int lane = (int)threadIdx.x % kWarp, block_size = cache.block_size;
     int run_keys = min(kPieceKeys, block_size), runs = kPieceKeys / run_keys;  // of a piece

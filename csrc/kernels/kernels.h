@@ -210,6 +210,8 @@ typedef struct DecodeProblem {
     int intermediate_size;
     int num_heads;
     int num_kv_heads;
+    int max_seq_len;  // of any step, and the most sequences of one
+    int max_num_seqs;
     float eps;
     const DecodeLayer *layers;  // [num_layers], on the host
     Matrix embed_tokens;
@@ -227,8 +229,8 @@ typedef struct DecodeProblem {
     void *workspace;         // decode_workspace_bytes, zeroed once
 } DecodeProblem;
 
-// Bytes that decode_step needs for sequences up to max_seq_len, or 0 where it does not serve such a model.
-typedef size_t DecodeWorkspaceBytes(const DecodeProblem *problem, int max_seq_len);
+// Bytes that decode_step needs, or 0 where it does not serve such a model.
+typedef size_t DecodeWorkspaceBytes(const DecodeProblem *problem);
 typedef int DecodeMaxSeqs(void);  // most sequences of a step that decode_step takes
 // With `advance`, also prepares the next step where this one found its input: each sequence's arg-max
 // becomes its input id, its length and position grow by one (slot_mapping is left: this operation derives

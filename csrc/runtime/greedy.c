@@ -17,6 +17,8 @@ Status prepare_decode(Engine *e) {
         .intermediate_size = c->intermediate_size,
         .num_heads = c->num_heads,
         .num_kv_heads = c->num_kv_heads,
+        .max_seq_len = e->options.max_seq_len,
+        .max_num_seqs = e->options.max_num_seqs,
         .eps = c->rms_norm_eps,
         .embed_tokens = w->embed_tokens,
         .lm_head = w->lm_head,
@@ -31,7 +33,7 @@ Status prepare_decode(Engine *e) {
         .logits = a->logits,
         .next_ids = a->next_ids,
     };
-    size_t bytes = m->kernels->decode_workspace_bytes(&problem, e->options.max_seq_len);
+    size_t bytes = m->kernels->decode_workspace_bytes(&problem);
     if (bytes == 0) return STATUS_OK;
     TRY(allocate(e, &problem.workspace, bytes, &e->workspace_bytes));
     void *zeros = calloc(1, bytes);

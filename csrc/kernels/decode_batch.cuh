@@ -1,0 +1,98 @@
+// decode_batch.cuh -- what the kernels of a decode step for more than eight sequences share.
+//
+// Such a step is a chain of kernels, seven a layer, each started while the one before it ends
+// (programmatic dependent launch). Nothing that a step changes is read before wait_for_previous_kernel():
+// before it a kernel may only fetch weights. Lengths are read from memory, so the launches of a step depend
+// on the number of sequences alone.
+//
+// Activations that a linear layer multiplies lie packed: tiles of kTokens tokens, in each the k tiles one
+// after another, [kTokens][64] swizzled as in tile.cuh, so that one bulk copy brings a stage.
+
+#pragma once
+#include "../common/cuda_status.h"
+#include "../common/kv_tile.cuh"
+#include "../common/ptx.cuh"
+#include "../common/vector.cuh"
+#include "decode_tile.cuh"
+
+constexpr int kBatchMaxSeqs = 256;
+constexpr int kMostTokens = 128;  // of a token tile
+constexpr size_t kWorkspaceAlignment = 1024;
+
+// The workspace of such a step. Packed buffers have room for whole token tiles.
+struct BatchBuffers {
+    bf16 *residual;      // [num_seqs, hidden_size]
+    bf16 *normed;        // packed, hidden_size columns
+    bf16 *q;             // [num_seqs, num_heads, 64], rotated
+    bf16 *attn;          // packed, num_heads * 64 columns
+    bf16 *act;           // packed, intermediate_size columns
+    float *best_values;  // [num_seqs, vocabulary tiles]
+    int *best_ids;       // [num_seqs, vocabulary tiles]
+    unsigned *tickets;   // [num_seqs, num_kv_heads], zero between uses
+    float *segments;     // [num_seqs, num_heads, max_segments, kPartialColumns]
+};
+
+struct BatchStep {
+    DecodeProblem problem;
+    BatchBuffers buffers;
+    int32_t *input_ids, *positions, *seq_lens;  // [num_seqs]
+    const int32_t *block_tables;                // [num_seqs, max_blocks_per_seq]
+    int max_blocks_per_seq;
+    int num_seqs;
+    int max_segments;
+    int tile_tokens;  // 32, 64 or 128
+    int num_multiprocessors;
+};
+
+inline int batch_tile_tokens(int num_seqs) {
+    return num_seqs <= 32 ? 32 : num_seqs <= 64 ? 64 : kMostTokens;
+}
+inline int batch_token_tiles(const BatchStep &step) {
+    return (step.num_seqs + step.tile_tokens - 1) / step.tile_tokens;
+}
+
+// Offset, in values, of chunk `chunk` of the row of `token` in a packed buffer of k_tiles k tiles.
+__device__ __forceinline__ size_t packed_row_offset(int token, int chunk, int k_tiles, int tile_tokens) {
+    size_t tile = (size_t)(token / tile_tokens) * k_tiles + chunk / kChunksPerRow;
+    return tile * tile_tokens * kTileCols + tile_offset(token % tile_tokens, chunk % kChunksPerRow);
+}
+
+// A launch that may begin while the previous kernel of the stream ends.
+template <typename... Parameters, typename... Arguments>
+Status launch_chained(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
+                      int cluster_size, cudaStream_t stream, const Arguments &...arguments) {
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {(unsigned)cluster_size, 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3((unsigned)threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = cluster_size > 1 ? 2 : 1;
+    if (shared_bytes > 48 * 1024)
+        TRY(CUDA_STATUS(cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
+                                             cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             (int)shared_bytes)));
+    return CUDA_STATUS(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+// The step's kernels, in the order of a layer.
+Status launch_batch_embedding(const BatchStep &step, cudaStream_t stream);  // and the first norm
+Status launch_batch_norm(const BatchStep &step, const bf16 *weight, cudaStream_t stream);
+Status launch_batch_qkv(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream);
+Status launch_batch_attention(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream);
+Status launch_batch_o(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream);
+Status launch_batch_gate_up(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream);
+Status launch_batch_down(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream);
+Status launch_batch_head(const BatchStep &step, cudaStream_t stream);
+int batch_vocabulary_tiles(int vocab_size);
+Status launch_batch_output(const BatchStep &step, int32_t *next_ids, bool advance, cudaStream_t stream);
+
+// The step as a whole (decode_batch.cu).
+size_t batch_workspace_bytes(const DecodeProblem &problem);
+Status launch_batch_step(const DecodeProblem &problem, const BatchIndex &batch, bool advance,
+                         void *workspace, cudaStream_t stream);

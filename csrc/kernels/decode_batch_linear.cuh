@@ -1,0 +1,127 @@
+// decode_batch_linear.cuh -- what both linear kernels of a decode batch share: wgmma with the weights as
+// its 64 rows and the tokens as its columns, fed by a ring of k tiles.
+//
+// A group is 64 weight rows, the work of one warpgroup. A stage holds one k tile of a block's groups, eight
+// strips of 1 KiB each, and of its tokens. With several ranks, rank r of a cluster takes chunks r, r +
+// ranks, .. of K.
+
+#pragma once
+#include "decode_batch.cuh"
+
+constexpr int kWarpgroup = 128;
+constexpr int kGroupRows = 64;
+constexpr int kGroupStrips = kGroupRows / kStripRows;
+constexpr int kStripBytes = kStripValues * (int)sizeof(bf16);
+constexpr int kGroupBytes = kGroupStrips * kStripBytes;  // of one k tile
+constexpr int kTilesPerChunk = NUMERICS_CHUNK / kTileCols;
+constexpr int kMaxStages = 10;
+constexpr int kAlignment = 1024;  // of a swizzled tile
+
+template <int kTokens, int kGroups>
+struct StageShape {
+    static constexpr int kWeightBytes = kGroups * kGroupBytes;
+    static constexpr int kBytes = kWeightBytes + kTokens * kTileCols * (int)sizeof(bf16);
+};
+
+struct Ring {
+    uint32_t base;
+    uint64_t *full, *empty;  // one of each per stage
+    int num_stages;
+};
+
+// Where a walk through the ring stands.
+struct RingPlace {
+    int stage = 0, parity = 0;
+
+    __device__ void advance(const Ring &ring) {
+        stage = stage + 1 < ring.num_stages ? stage + 1 : 0;
+        parity ^= stage == 0;
+    }
+};
+
+__device__ __forceinline__ void init_ring(const Ring &ring, int num_consumers) {
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < ring.num_stages; ++i) {
+            barrier_init(shared_address(&ring.full[i]), 1);
+            barrier_init(shared_address(&ring.empty[i]), num_consumers);
+        }
+        barrier_init_fence();
+    }
+}
+
+// The number of k tiles of one rank, and which its i-th is.
+__device__ __forceinline__ int own_k_tiles(int k_tiles, int rank, int num_ranks) {
+    int chunks = (k_tiles + kTilesPerChunk - 1) / kTilesPerChunk;
+    if (rank >= chunks) return 0;
+    int own = (chunks - rank + num_ranks - 1) / num_ranks;
+    bool has_last = (chunks - 1) % num_ranks == rank;
+    return own * kTilesPerChunk - (has_last ? chunks * kTilesPerChunk - k_tiles : 0);
+}
+__device__ __forceinline__ int k_tile_of(int i, int rank, int num_ranks) {
+    return (i / kTilesPerChunk * num_ranks + rank) * kTilesPerChunk + i % kTilesPerChunk;
+}
+
+// Weights of one k tile into a stage, a strip per lane, by a whole warp; the stage's tokens are expected
+// too. group_data(g) is group g's first strip.
+template <int kTokens, int kGroups, typename GroupData>
+static __device__ __forceinline__ void copy_weights(const Ring &ring, int stage, int k_tiles, int k_tile,
+                                                    uint64_t policy, GroupData group_data) {
+    using Shape = StageShape<kTokens, kGroups>;
+    int lane = (int)threadIdx.x % kWarp;
+    uint32_t full = shared_address(&ring.full[stage]);
+    if (lane == 0) barrier_arrive_expect(full, Shape::kBytes);
+    __syncwarp();  // the bytes are expected before the first arrive
+    if (lane < kGroups * kGroupStrips) {
+        const bf16 *from = group_data(lane / kGroupStrips) +
+                           ((size_t)(lane % kGroupStrips) * k_tiles + k_tile) * kStripValues;
+        copy_bulk_with_policy(ring.base + stage * Shape::kBytes + lane * kStripBytes, from, kStripBytes,
+                              full, policy);
+    }
+}
+
+template <int kTokens, int kGroups>
+static __device__ __forceinline__ void copy_tokens(const Ring &ring, int stage, const bf16 *tokens,
+                                                   int k_tile) {
+    using Shape = StageShape<kTokens, kGroups>;
+    constexpr int kValues = kTokens * kTileCols;
+    if (threadIdx.x % kWarp != 0) return;
+    copy_bulk(ring.base + stage * Shape::kBytes + Shape::kWeightBytes, tokens + (size_t)k_tile * kValues,
+              kValues * (int)sizeof(bf16), shared_address(&ring.full[stage]));
+}
+
+// One chunk of `count` k tiles by one warpgroup: acc becomes its chain, 64 rows x kTokens.
+template <int kTokens, int kGroups>
+static __device__ __forceinline__ void multiply_chunk(float (&acc)[kTokens / 2], const Ring &ring,
+                                                      RingPlace &place, int group, int count,
+                                                      bool is_elected) {
+    using Shape = StageShape<kTokens, kGroups>;
+    int previous = 0;
+    for (int i = 0; i < count; ++i) {
+        barrier_wait(shared_address(&ring.full[place.stage]), place.parity);
+        uint32_t at = ring.base + place.stage * Shape::kBytes;
+        uint64_t weights = matrix_descriptor(at + group * kGroupBytes);
+        uint64_t tokens = matrix_descriptor(at + Shape::kWeightBytes);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kTileCols / NUMERICS_STEP; ++step) {
+            uint64_t offset = (uint64_t)(step * NUMERICS_STEP * (int)sizeof(bf16) >> 4);
+            wgmma_k16(acc, weights + offset, tokens + offset, i + step > 0);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();  // the previous tile is read: its stage may be filled again
+        if (is_elected && i > 0) barrier_arrive(shared_address(&ring.empty[previous]));
+        previous = place.stage;
+        place.advance(ring);
+    }
+    wgmma_wait<0>();
+    if (is_elected) barrier_arrive(shared_address(&ring.empty[previous]));
+}
+
+// What lane (g, q) of warp w of a warpgroup holds in acc[4 f + e]: row 16 w + g + 8 (e / 2) of the group,
+// token 8 f + 2 q + e % 2 of the tile.
+__device__ __forceinline__ int held_row(int thread, int e) {
+    return thread / kWarp * 16 + thread % kWarp / 4 + e / 2 * 8;
+}
+__device__ __forceinline__ int held_token(int thread, int f, int e) {
+    return 8 * f + thread % 4 * 2 + e % 2;
+}

@@ -1,0 +1,127 @@
+// decode_batch_norm.cu -- RMSNorm of a decode batch into packed rows; the first one also looks up the
+// embedding, and the end of the step picks each token's id.
+//
+// Shapes    residual [num_seqs, hidden_size] bf16; normed packed (decode_batch.cuh)
+// Rounding  docs/numerics.md section 5: the bits of embedding.cu, rms_norm.cu and argmax.cu
+// Mapping   one thread block per token; thread i is lane i of the tree
+// Cost      6 bytes per value: bound by latency
+// See       decode_batch.cu, twin/rms_norm.c, tests/kernels/test_bits_decode_batch.py
+
+#include "../common/reduce.cuh"
+#include "decode_batch.cuh"
+#include "decode_candidate.cuh"
+
+constexpr int kThreads = NUMERICS_NORM_LANES;
+constexpr int kMaxRounds = 4;  // 2048 values each, kept in registers
+
+struct NormArguments {
+    const bf16 *weight;
+    int hidden_size, k_tiles, tile_tokens;
+    float eps;
+    bf16 *residual;
+    bf16 *normed;
+    const bf16 *table;  // packed embedding, or null: the residual is there
+    const int32_t *ids;
+};
+
+static __global__ void __launch_bounds__(kThreads) batch_norm_kernel(NormArguments args) {
+    __shared__ float warp_sums[kThreads / kWarp];
+    int token = (int)blockIdx.x, thread = (int)threadIdx.x, hidden = args.hidden_size;
+    uint4 weights[kMaxRounds], rows[kMaxRounds];
+#pragma unroll
+    for (int i = 0; i < kMaxRounds; ++i) {
+        int first = (i * kThreads + thread) * kVector;
+        if (first < hidden) weights[i] = load_vector(args.weight + first);
+    }
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    int id = args.table != nullptr ? args.ids[token] : 0;
+    bf16 *row = args.residual + (size_t)token * hidden;
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kMaxRounds; ++i) {
+        int chunk = i * kThreads + thread;
+        if (chunk * kVector >= hidden) continue;
+        if (args.table != nullptr) {
+            rows[i] = load_vector(args.table + packed_offset(id, chunk, hidden));
+            store_vector(row + chunk * kVector, rows[i]);
+        } else {
+            rows[i] = load_vector(row + chunk * kVector);
+        }
+        float x[kVector];
+        unpack(x, rows[i]);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) sum = __fadd_rn(sum, __fmul_rn(x[j], x[j]));
+    }
+    float mean = __fdiv_rn(block_tree_sum(sum, warp_sums), (float)hidden);
+    float scale = __frcp_rn(__fsqrt_rn(__fadd_rn(mean, args.eps)));
+#pragma unroll
+    for (int i = 0; i < kMaxRounds; ++i) {
+        int chunk = i * kThreads + thread;
+        if (chunk * kVector >= hidden) continue;
+        float x[kVector], w[kVector];
+        unpack(x, rows[i]);
+        unpack(w, weights[i]);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) x[j] = __fmul_rn(w[j], to_float(to_bf16(__fmul_rn(x[j], scale))));
+        store_vector(args.normed + packed_row_offset(token, chunk, args.k_tiles, args.tile_tokens),
+                     pack(x));
+    }
+}
+
+static Status launch_norm(const BatchStep &step, const bf16 *weight, bool embed, cudaStream_t stream) {
+    const DecodeProblem &p = step.problem;
+    if (p.hidden_size > kMaxRounds * kThreads * kVector)
+        return fail(STATUS_INVALID_ARGUMENT, "hidden_size must be at most %d, got %d",
+                    kMaxRounds * kThreads * kVector, p.hidden_size);
+    NormArguments args = {};
+    args.weight = weight;
+    args.hidden_size = p.hidden_size;
+    args.k_tiles = num_tiles(p.hidden_size);
+    args.tile_tokens = step.tile_tokens;
+    args.eps = p.eps;
+    args.residual = step.buffers.residual;
+    args.normed = step.buffers.normed;
+    args.table = embed ? static_cast<const bf16 *>(p.embed_tokens.data) : nullptr;
+    args.ids = step.input_ids;
+    return launch_chained(batch_norm_kernel, dim3((unsigned)step.num_seqs), kThreads, 0, 1, stream, args);
+}
+
+Status launch_batch_embedding(const BatchStep &step, cudaStream_t stream) {
+    return launch_norm(step, step.problem.layers[0].input_layernorm, true, stream);
+}
+
+Status launch_batch_norm(const BatchStep &step, const bf16 *weight, cudaStream_t stream) {
+    return launch_norm(step, weight, false, stream);
+}
+
+// The best of a token's candidates, one per tile of the vocabulary; and the next step's input.
+static __global__ void __launch_bounds__(kThreads)
+    batch_output_kernel(BatchBuffers buffers, int num_candidates, int32_t *next_ids, int32_t *input_ids,
+                        int32_t *positions, int32_t *seq_lens) {
+    __shared__ Candidate warp_best[kThreads / kWarp];
+    int token = (int)blockIdx.x, thread = (int)threadIdx.x;
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    Candidate best = no_candidate();
+    for (int i = thread; i < num_candidates; i += kThreads)
+        best.take_better(buffers.best_values[(size_t)token * num_candidates + i],
+                         buffers.best_ids[(size_t)token * num_candidates + i]);
+    best.take_best_of_warp();
+    if (thread % kWarp == 0) warp_best[thread / kWarp] = best;
+    __syncthreads();  // every warp's candidate visible to the first thread
+    if (thread != 0) return;
+    for (int i = 1; i < kThreads / kWarp; ++i) best.take_better(warp_best[i].value, warp_best[i].id);
+    next_ids[token] = best.id;
+    if (input_ids != nullptr) {
+        input_ids[token] = best.id;
+        ++positions[token];
+        ++seq_lens[token];
+    }
+}
+
+Status launch_batch_output(const BatchStep &step, int32_t *next_ids, bool advance, cudaStream_t stream) {
+    return launch_chained(batch_output_kernel, dim3((unsigned)step.num_seqs), kThreads, 0, 1, stream,
+                          step.buffers, batch_vocabulary_tiles(step.problem.lm_head.rows), next_ids,
+                          advance ? step.input_ids : nullptr, step.positions, step.seq_lens);
+}

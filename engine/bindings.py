@@ -21,7 +21,8 @@ from engine.errors import (
     InvalidArgument,
     OutOfMemory,
 )
-from engine.sampling import EDIT, ROW, Logprobs, SamplingBatch
+from engine.sampling import Logprobs, SamplingBatch
+from engine.sampling_struct import fill_sampling
 from engine.source_stamp import source_stamp
 from engine.tap import Tap, TapPoint
 
@@ -110,12 +111,21 @@ class Library:
         text = self.ffi.string(message[0]).decode("utf-8", "replace")
         raise _ERRORS.get(status, EngineError)(text)
 
-    def array(self, values: np.ndarray, c_type: str, dtype: type, name: str) -> object:
+    def array(
+        self,
+        values: np.ndarray,
+        c_type: str,
+        dtype: type,
+        name: str,
+        shape: tuple[int, ...] | None = None,
+    ) -> object:
         """A C pointer into a numpy array, which the caller keeps alive.
 
         Raises:
-            InvalidArgument: the array has another dtype or is not contiguous.
+            InvalidArgument: the array has another dtype, not this shape, or is not contiguous.
         """
+        if shape is not None and values.shape != shape:
+            raise InvalidArgument(f"{name} has shape {values.shape}, must be {shape}")
         if values.dtype != dtype or not values.flags.c_contiguous:
             raise InvalidArgument(
                 f"{name} must be a contiguous {np.dtype(dtype).name} array, "
@@ -170,36 +180,8 @@ class Library:
         struct.max_blocks_per_seq = batch.block_tables.shape[-1]
         struct.num_logits = len(batch.logits_indices)
         for name, shape in shapes.items():
-            array = getattr(batch, name)
-            if array.shape != shape:
-                raise InvalidArgument(f"{name} has shape {array.shape}, must be {shape}")
-            setattr(struct, name, self.array(array, "int32_t", np.int32, name))
-        return struct
-
-    def sampling(self, sampling: SamplingBatch, logprobs: Logprobs | None, num_rows: int) -> object:
-        """The C struct of a step's sampling; the arrays must outlive it.
-
-        Raises:
-            InvalidArgument: an array's length is not what the step implies.
-        """
-        struct = self.ffi.new("EngineSampling *")
-        _check_shape(sampling.rows, (num_rows,), "sampling.rows")
-        struct.rows = self.array(sampling.rows, "EngineSamplingRow", ROW, "sampling.rows")
-        struct.num_edits = len(sampling.edits)
-        struct.edits = self.array(sampling.edits, "EngineLogitEdit", EDIT, "sampling.edits")
-        if logprobs is not None:
-            width = logprobs.top_ids.shape[-1]
-            struct.max_logprobs = width
-            shapes = {
-                "token_logprobs": ((num_rows,), "float", np.float32),
-                "token_ranks": ((num_rows,), "int32_t", np.int32),
-                "top_ids": ((num_rows, width), "int32_t", np.int32),
-                "top_logprobs": ((num_rows, width), "float", np.float32),
-            }
-            for name, (shape, c_type, dtype) in shapes.items():
-                array = getattr(logprobs, name)
-                _check_shape(array, shape, name)
-                setattr(struct, name, self.array(array, c_type, dtype, name))
+            array = self.array(getattr(batch, name), "int32_t", np.int32, name, shape)
+            setattr(struct, name, array)
         return struct
 
 
@@ -306,14 +288,15 @@ class Engine:
         struct = self.library.batch(batch)
         num_logits = len(batch.logits_indices)
         if sampling is not None:
-            sampling_struct = self.library.sampling(sampling, logprobs, num_logits)
+            sampling_struct = fill_sampling(self.library, sampling, logprobs, num_logits)
             struct.sampling = sampling_struct
         if logits is not None:
-            _check_shape(logits, (num_logits, self.config.vocab_size), "logits")
-            struct.logits = self.library.array(logits, "float", np.float32, "logits")
+            shape = (num_logits, self.config.vocab_size)
+            struct.logits = self.library.array(logits, "float", np.float32, "logits", shape)
         if next_ids is not None:
-            _check_shape(next_ids, (num_logits,), "next_ids")
-            struct.next_ids = self.library.array(next_ids, "int32_t", np.int32, "next_ids")
+            struct.next_ids = self.library.array(
+                next_ids, "int32_t", np.int32, "next_ids", (num_logits,)
+            )
         structs = self.library.ffi.new("EngineTap[]", max(len(taps), 1))
         for struct_tap, tap in zip(structs, taps, strict=False):
             self._fill_tap(struct_tap, tap, len(batch.input_ids), num_logits)
@@ -333,8 +316,8 @@ class Engine:
         struct = self.library.batch(batch)
         next_ids = np.empty((num_steps, len(batch.seq_lens)), np.int32)
         if logits is not None:
-            _check_shape(logits, (len(batch.seq_lens), self.config.vocab_size), "logits")
-            struct.logits = self.library.array(logits, "float", np.float32, "logits")
+            shape = (len(batch.seq_lens), self.config.vocab_size)
+            struct.logits = self.library.array(logits, "float", np.float32, "logits", shape)
         ids = self.library.array(next_ids, "int32_t", np.int32, "next_ids")
         self._call("engine_decode", struct, num_steps, ids)
         return next_ids
@@ -348,8 +331,8 @@ class Engine:
             if array is None:
                 continue
             name = f"tap {tap.point.name} of layer {tap.layer}, {field}"
-            _check_shape(array, (rows, width), name)
-            setattr(struct, field, self.library.array(array, "uint8_t", dtype.type, name))
+            pointer = self.library.array(array, "uint8_t", dtype.type, name, (rows, width))
+            setattr(struct, field, pointer)
 
     def read_kv(self, layer: int, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """K and V of some cache slots, each uint16 [num_slots, num_kv_heads, head_dim]."""
@@ -396,8 +379,3 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _check_shape(array: np.ndarray, shape: tuple[int, ...], name: str) -> None:
-    if array.shape != shape:
-        raise InvalidArgument(f"{name} has shape {array.shape}, must be {shape}")

@@ -10,6 +10,7 @@ from engine.bindings import DEVICES, Library
 from engine.config import ModelConfig
 from engine.errors import InvalidArgument
 from engine.sampling import Logprobs, SamplingBatch
+from engine.sampling_struct import fill_sampling
 
 
 class Ops:
@@ -229,7 +230,7 @@ class Ops:
             "op_sample",
             self._int32(ids, "ids"),
             self._float(logits, "logits"),
-            self.library.sampling(sampling, logprobs, len(logits)),
+            fill_sampling(self.library, sampling, logprobs, len(logits)),
             draws,
             *logits.shape,
         )
@@ -242,7 +243,7 @@ class Ops:
             "op_edit_logits",
             self._float(out, "out"),
             self._float(logits, "logits"),
-            self.library.sampling(sampling, None, len(logits)),
+            fill_sampling(self.library, sampling, None, len(logits)),
             *logits.shape,
         )
         return out

@@ -18,6 +18,7 @@ from engine.sampling import (
     build_sampling,
 )
 from engine.sampling_params import SamplingParams
+from engine.sampling_struct import fill_sampling
 from tests.system.trace import tokens
 from tests.twin import sampling_contract as page
 from tests.twin.bits import assert_same_bits
@@ -343,7 +344,7 @@ class TestTheDoor:
         rows = page.rows(1, num_edits=1)
         batch = prefill()
         struct = library.batch(batch)
-        sampling = library.sampling(page.sampling(rows), None, 1)
+        sampling = fill_sampling(library, page.sampling(rows), None, 1)
         sampling.edits, sampling.num_edits = library.ffi.NULL, 1
         struct.sampling = sampling
 
@@ -354,7 +355,7 @@ class TestTheDoor:
         library = runner.library
         batch, rows = build_batch([SequenceSlice([1], 0, [0])], 16), page.rows(1)
         struct = library.batch(batch)
-        sampling = library.sampling(page.sampling(rows), None, 1)
+        sampling = fill_sampling(library, page.sampling(rows), None, 1)
         struct.sampling = sampling
         ids = library.ffi.new("int32_t[1]")
 

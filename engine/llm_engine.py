@@ -135,6 +135,8 @@ class LLMEngine:
                     stop_token_ids=frozenset(params.stop_token_ids),
                     wants_prompt_logits=index == 0 and params.prompt_logprobs is not None,
                     is_watched=stream or _looks_at_tokens(params),
+                    is_sampled=_is_sampled(params),
+                    is_edited=_is_edited(params),
                     sampler=sampler,
                 )
             )
@@ -208,9 +210,9 @@ class LLMEngine:
 
     def _sampling(self, step: ScheduledStep) -> SamplingBatch | None:
         """How the step's rows of logits are sampled; None: all by arg-max."""
-        sequences = self.scheduler.running.sequences
+        running = self.scheduler.running
         if not step.prompts:
-            return build_sampling([sequences[row].sampler for row in step.rows.tolist()])
+            return running.sampling(step.rows)
         rows: list[Any] = [IgnoredRow()] * len(step.batch.logits_indices)
         for part in step.prompts:
             request = self._requests[part.sequence.request_id]
@@ -221,7 +223,9 @@ class LLMEngine:
                 if request.num_prompt_logprobs <= follower < len(ids):
                     rows[part.first_logits_row + i] = PromptToken(ids[follower], count)
         for row, place in zip(step.rows.tolist(), step.logits_rows.tolist(), strict=True):
-            rows[place] = sequences[row].sampler
+            sampler = running.sequences[row].sampler
+            sampler.position = int(running.num_tokens[row])
+            rows[place] = sampler
         return build_sampling(rows)
 
     def _score_prompts(self, step: ScheduledStep, result: StepResult) -> None:
@@ -237,12 +241,20 @@ class LLMEngine:
                     )
 
 
+def _is_edited(params: SamplingParams) -> bool:
+    """Whether logits change before the choice."""
+    return params.has_penalties or bool(params.logit_bias) or params.min_tokens > 0
+
+
+def _is_sampled(params: SamplingParams) -> bool:
+    """Whether more is asked of a row of logits than its arg-max."""
+    return not params.is_greedy or _is_edited(params) or params.logprobs is not None
+
+
 def _looks_at_tokens(params: SamplingParams) -> bool:
     """Whether an answer needs each token when it comes, not only all at the end."""
     return (
-        not params.is_greedy
-        or params.has_penalties
-        or params.min_tokens > 0
+        _is_edited(params)
         or params.logprobs is not None
         or bool(params.stop or params.stop_token_ids)
     )

@@ -8,6 +8,7 @@ array's row i is about `sequences[i]`.
 import numpy as np
 
 from engine.batch import Batch
+from engine.sampling import EDIT, NO_LOGPROBS, ROW, SamplingBatch
 from engine.sequence import Sequence
 
 
@@ -15,21 +16,26 @@ class RunningBatch:
     """Rows for up to max_num_seqs sequences of up to max_seq_len tokens."""
 
     def __init__(self, max_num_seqs: int, max_seq_len: int, block_size: int) -> None:
+        assert block_size & (block_size - 1) == 0, "slots are made by shifting"
         self.block_size = block_size
+        self._block_shift, self._block_mask = block_size.bit_length() - 1, block_size - 1
         self.sequences: list[Sequence] = []
         self.num_watched = 0
         self.num_prompt_readers = 0  # those that want prompt logits
+        self.num_sampled = 0  # those whose arg-max is not all that is asked
+        self.num_edited = 0  # those whose logits change before the choice
         max_blocks = -(-max_seq_len // block_size)
         self.token_ids = np.zeros((max_num_seqs, max_seq_len), np.int32)
         self.block_tables = np.zeros((max_num_seqs, max_blocks), np.int32)
         self.num_tokens = np.zeros(max_num_seqs, np.int32)  # known: prompt and answer so far
         self.num_computed = np.zeros(max_num_seqs, np.int32)  # in the cache
-        self.num_blocks = np.zeros(max_num_seqs, np.int32)  # of block_tables in use
+        self.num_slots = np.zeros(max_num_seqs, np.int32)  # tokens that the blocks hold
         self.num_full = np.zeros(max_num_seqs, np.int32)  # blocks full and declared so
         self.max_num_tokens = np.zeros(max_num_seqs, np.int32)
         self.min_num_tokens = np.zeros(max_num_seqs, np.int32)
         self.ignores_eos = np.zeros(max_num_seqs, bool)
         self.priorities = np.zeros(max_num_seqs, np.int32)
+        self.samplers = np.zeros(max_num_seqs, ROW)  # but for position and edits
         self._arrays = [array for array in vars(self).values() if isinstance(array, np.ndarray)]
         self._counting = np.arange(max_num_seqs + 1, dtype=np.int32)
 
@@ -52,7 +58,10 @@ class RunningBatch:
         self.priorities[row] = sequence.priority
         self.num_watched += sequence.is_watched
         self.num_prompt_readers += sequence.wants_prompt_logits
-        self.num_blocks[row] = 0
+        self.num_sampled += sequence.is_sampled
+        self.num_edited += sequence.is_edited
+        if sequence.sampler is not None:
+            self.samplers[row] = np.frombuffer(sequence.sampler.row, ROW)[0]
         self.refresh_blocks(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -62,6 +71,8 @@ class RunningBatch:
         sequence.token_ids = self.tokens(sequence)
         self.num_watched -= sequence.is_watched
         self.num_prompt_readers -= sequence.wants_prompt_logits
+        self.num_sampled -= sequence.is_sampled
+        self.num_edited -= sequence.is_edited
         last = self.sequences.pop()
         if last is not sequence:
             for array in self._arrays:
@@ -78,7 +89,7 @@ class RunningBatch:
         """Take over a sequence's block table from index `start` on."""
         table = sequence.block_table
         self.block_tables[sequence.row, start : len(table)] = table[start:]
-        self.num_blocks[sequence.row] = len(table)
+        self.num_slots[sequence.row] = len(table) * self.block_size
 
     def lay_out(
         self, num_new: np.ndarray, rows: np.ndarray | None, every: list[int] | None = None
@@ -95,7 +106,8 @@ class RunningBatch:
         """
         count = self.num_seqs
         computed = self.num_computed[:count]
-        if len(num_new) == num_new.sum():  # all decode
+        total = int(num_new.sum())
+        if total == count:  # all decode
             cu_seqlens_q = self._counting[: count + 1]
             owner = self._counting[:count]
             positions = computed.copy()
@@ -103,18 +115,17 @@ class RunningBatch:
             cu_seqlens_q = np.zeros(count + 1, np.int32)
             np.cumsum(num_new, out=cu_seqlens_q[1:])
             owner = np.repeat(self._counting[:count], num_new)  # the row of each token
-            positions = np.arange(cu_seqlens_q[-1], dtype=np.int32)
+            positions = np.arange(total, dtype=np.int32)
             positions += (computed - cu_seqlens_q[:-1])[owner]
-        blocks, offsets = np.divmod(positions, self.block_size)
-        slots = self.block_tables[owner, blocks]
-        slots *= self.block_size
-        slots += offsets
+        slots = self.block_tables[owner, positions >> self._block_shift]
+        slots <<= self._block_shift
+        slots |= positions & self._block_mask
         ends = cu_seqlens_q[1:] if rows is None else cu_seqlens_q[1:][rows]
         logits_indices = ends - 1
         if every:
             wanted = np.isin(owner, every)
             wanted[logits_indices] = True
-            logits_indices = np.flatnonzero(wanted).astype(np.int32)
+            logits_indices = wanted.nonzero()[0].astype(np.int32)
         return Batch(
             input_ids=self.token_ids[owner, positions],
             positions=positions,
@@ -125,12 +136,44 @@ class RunningBatch:
             logits_indices=logits_indices,
         )
 
+    def sampling(self, rows: np.ndarray) -> SamplingBatch | None:
+        """How these rows' next tokens are chosen; None: all by arg-max."""
+        if self.num_sampled == 0 or len(rows) == 0:
+            return None
+        samplers = self.samplers[rows]
+        samplers["position"] = self.num_tokens[rows]
+        edits = [np.zeros(0, EDIT)]
+        for place, row in enumerate(rows.tolist() if self.num_edited else ()):
+            sampler = self.sequences[row].sampler
+            if sampler is not None and sampler.num_edits:
+                samplers["num_edits"][place] = sampler.num_edits
+                edits.append(sampler.edits.view(EDIT)[:, 0])
+        most = int(samplers["num_logprobs"].max())
+        return SamplingBatch(samplers, np.concatenate(edits), None if most == NO_LOGPROBS else most)
+
+    def filled_blocks(self) -> list[tuple[Sequence, int]]:
+        """Blocks that became full since the last call, as (sequence, index), in order."""
+        count = self.num_seqs
+        num_full = self.num_computed[:count] >> self._block_shift
+        filled = [
+            (self.sequences[row], index)
+            for row in (num_full > self.num_full[:count]).nonzero()[0].tolist()
+            for index in range(self.num_full[row], num_full[row])
+        ]
+        self.num_full[:count] = num_full
+        return filled
+
+    def block_token_ids(self, sequence: Sequence, index: int) -> list[int]:
+        """The tokens of one full block."""
+        start = index * self.block_size
+        return self.token_ids[sequence.row, start : start + self.block_size].tolist()
+
     def check_integrity(self) -> None:
         """Assert that rows and sequences agree."""
         for row, sequence in enumerate(self.sequences):
             assert sequence.row == row, f"row {row} belongs to {sequence.request_id}"
             table = sequence.block_table
-            assert self.num_blocks[row] == len(table)
+            assert self.num_slots[row] == len(table) * self.block_size
             assert self.block_tables[row, : len(table)].tolist() == table, "tables differ"
             known, computed = int(self.num_tokens[row]), int(self.num_computed[row])
             assert 0 <= computed < known <= sequence.max_num_tokens, "nothing left to compute"

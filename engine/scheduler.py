@@ -86,6 +86,7 @@ class Scheduler:
         self.running = RunningBatch(config.max_num_seqs, config.max_seq_len, config.block_size)
         self.waiting: list[Sequence] = []  # in order
         self._leaders: list[Sequence] = []  # those with followers
+        self._counting = np.arange(config.max_num_seqs)
         self._is_eos = np.zeros(vocab_size, bool)
         self._is_eos[[token for token in eos_token_ids if token < vocab_size]] = True
 
@@ -133,12 +134,12 @@ class Scheduler:
         num_new = self._share_budget()
         computed = running.num_computed[:count]
         is_sampled = computed + num_new == running.num_tokens[:count]
-        rows = None if is_sampled.all() else np.flatnonzero(is_sampled)
+        rows = None if is_sampled.all() else is_sampled.nonzero()[0]
         every = self._rows_of_prompt_logits()
         batch = running.lay_out(num_new, rows, every)
-        rows = np.arange(count) if rows is None else rows
+        rows = self._counting[:count] if rows is None else rows
         if not every:
-            return ScheduledStep(batch, num_new, rows, np.arange(len(rows)), [])
+            return ScheduledStep(batch, num_new, rows, self._counting[: len(rows)], [])
         ends, places = batch.cu_seqlens_q[1:], batch.logits_indices
         prompts = [
             PromptLogits(
@@ -165,13 +166,16 @@ class Scheduler:
         running.token_ids[rows, known] = next_ids
         known += 1
         running.num_tokens[rows] = known
-        self._cache_full_blocks()
+        for sequence, index in running.filled_blocks():
+            self.blocks.cache(sequence.block_table, index, running.block_token_ids(sequence, index))
+            running.block_tables[sequence.row, index] = sequence.block_table[index]
         self._release_followers()
 
-        is_eos = self._is_eos[next_ids] & ~running.ignores_eos[rows]
-        is_eos &= known > running.min_num_tokens[rows]
+        is_eos = self._is_eos[next_ids] & (known > running.min_num_tokens[rows])
+        is_eos &= ~running.ignores_eos[rows]
+        has_ended = is_eos | (known == running.max_num_tokens[rows])
         finished = []
-        for place in np.flatnonzero(is_eos | (known == running.max_num_tokens[rows])).tolist():
+        for place in has_ended.nonzero()[0].tolist():
             sequence = running.sequences[rows[place]]
             sequence.finish("stop" if is_eos[place] else "length")
             finished.append(sequence)
@@ -223,8 +227,7 @@ class Scheduler:
         """A block for each row whose next token has no slot, the earliest first."""
         running = self.running
         count = running.num_seqs
-        room = running.num_blocks[:count] * self.config.block_size
-        short = np.flatnonzero(running.num_tokens[:count] > room).tolist()
+        short = (running.num_tokens[:count] > running.num_slots[:count]).nonzero()[0].tolist()
         for sequence in sorted((running.sequences[row] for row in short), key=_order):
             while sequence.row is not None and not self.blocks.append(sequence.block_table):
                 self._preempt(max(running.sequences, key=_order))
@@ -284,26 +287,12 @@ class Scheduler:
             return remaining
         num_new = np.ones_like(remaining)
         sequences = self.running.sequences
-        long = np.flatnonzero(remaining > 1).tolist()
+        long = (remaining > 1).nonzero()[0].tolist()
         for row in sorted(long, key=lambda row: sequences[row].order):
             extra = min(int(remaining[row]) - 1, surplus)
             num_new[row] += extra
             surplus -= extra
         return num_new
-
-    def _cache_full_blocks(self) -> None:
-        """Declare the blocks that the step filled."""
-        running, size = self.running, self.config.block_size
-        count = running.num_seqs
-        num_full = running.num_computed[:count] // size
-        for row in np.flatnonzero(num_full > running.num_full[:count]).tolist():
-            table = running.sequences[row].block_table
-            for index in range(running.num_full[row], num_full[row]):
-                start = index * size
-                block_ids = running.token_ids[row, start : start + size].tolist()
-                self.blocks.cache(table, index, block_ids)
-                running.block_tables[row, index] = table[index]
-        running.num_full[:count] = num_full
 
     def _release_followers(self) -> None:
         """Queue those whose prompt is computed now."""

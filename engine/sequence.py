@@ -32,6 +32,8 @@ class Sequence:
         stop_token_ids: further tokens that end it.
         wants_prompt_logits: the logits of every prompt token are wanted, so all are computed.
         is_watched: whether somebody looks at every token as it comes.
+        is_sampled: the arg-max of its logits is not all that is asked.
+        is_edited: penalties, a bias or a ban change its logits.
         sampler: how its next token is chosen; None: by arg-max.
         followers: sequences of the same prompt that start once this one's is computed.
     """
@@ -47,6 +49,8 @@ class Sequence:
     stop_token_ids: frozenset[int] = frozenset()
     wants_prompt_logits: bool = False
     is_watched: bool = False
+    is_sampled: bool = False
+    is_edited: bool = False
     sampler: SequenceSampler | None = None
     followers: list["Sequence"] = field(default_factory=list)
 

@@ -91,7 +91,8 @@ def test_every_request_of_the_toy_is_as_if_alone_more_often(toy: Server, schedul
 @pytest.mark.parametrize("path", sorted(SAVED.glob("*.json")), ids=lambda path: path.stem)
 def test_a_saved_schedule(server: Server, toy: Server, path):
     server.check(Schedule.load(path))
-    toy.check(Schedule.load(path))
+    if IS_SAMPLED or path.stem == "crowded":
+        toy.check(Schedule.load(path))
 
 
 def test_the_schedules_do_reach_preemption_and_the_cache(server: Server):

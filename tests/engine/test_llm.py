@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -108,6 +109,49 @@ def test_one_for_each_means_one_for_each(llm: LLM, name: str):
 
     with pytest.raises(InvalidArgument, match=f"{name} must be one or 2"):
         llm.generate(["a", "b"], **{name: value})
+
+
+def test_n_answers_to_one_prompt_differ_and_come_again_with_the_seed(llm: LLM):
+    params = SamplingParams(n=4, temperature=1.2, max_tokens=8, ignore_eos=True)
+
+    (first,) = llm.generate("hello there, this is a prompt of several blocks", params)
+    again = llm.generate(first.prompt, replace(params, seed=first.seed))[0]
+
+    assert [answer.index for answer in first.outputs] == [0, 1, 2, 3]
+    assert len({answer.token_ids for answer in first.outputs}) == 4
+    assert first.outputs == again.outputs
+    assert again.usage.num_completion_tokens == 32
+
+
+def test_logprobs_are_of_the_tokens_and_of_the_prompt(llm: LLM):
+    params = replace(GREEDY, logprobs=2, prompt_logprobs=1)
+
+    (output,) = llm.generate("hello", params)
+
+    answer = output.outputs[0]
+    assert len(answer.logprobs) == len(answer.token_ids) == 6
+    for token_id, scores in zip(answer.token_ids, answer.logprobs, strict=True):
+        assert scores[token_id].rank == 1 and len(scores) == 2
+    chosen = [s[t].logprob for t, s in zip(answer.token_ids, answer.logprobs, strict=True)]
+    assert answer.cumulative_logprob == pytest.approx(sum(chosen))
+    assert output.prompt_logprobs[0] is None
+    for token_id, scores in zip(
+        output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
+    ):
+        assert token_id in scores and min(score.rank for score in scores.values()) == 1
+    plain = llm.generate("hello", GREEDY)[0].outputs[0]
+    assert plain.token_ids == answer.token_ids and plain.logprobs is None
+
+
+def test_a_prompts_logprobs_are_those_of_an_answer_forced_to_say_it(llm: LLM):
+    """The score of a prompt's token is what the answer's token would have had there."""
+    (said,) = llm.generate("hello", replace(GREEDY, logprobs=0))
+    ids = [*said.prompt_token_ids, *said.outputs[0].token_ids]
+
+    (read,) = llm.generate([ids], replace(GREEDY, prompt_logprobs=0, max_tokens=1))
+
+    tail = read.prompt_logprobs[len(said.prompt_token_ids) :]
+    assert [dict(scores) for scores in tail] == [dict(s) for s in said.outputs[0].logprobs]
 
 
 def test_an_unknown_argument_is_refused(library: Library):

@@ -66,16 +66,14 @@ class Schedule:
         return cls(requests, **{**data, "preempted": tuple(data["preempted"])})
 
 
-def params(sampled: bool) -> st.SearchStrategy[dict[str, Any]]:
-    """Parameters of a request; without `sampled`, those that the arg-max alone serves."""
+def params() -> st.SearchStrategy[dict[str, Any]]:
+    """Parameters of a request: greedy, or drawn by a seed."""
     always = {"max_tokens": st.integers(1, 12)}
     ends = {
         "ignore_eos": st.booleans(),
         "stop_token_ids": st.lists(st.integers(0, 60), max_size=8).map(tuple),
         "stop": st.sampled_from([(), ("a",), ("ab", "0"), ("\x01", "\x02x")]),
     }
-    if not sampled:
-        return st.fixed_dictionaries(always | {"temperature": st.just(0.0)}, optional=ends)
     ways = {
         "seed": st.integers(0, 3),
         "temperature": st.sampled_from([0.7, 1.5]),
@@ -99,7 +97,7 @@ def params(sampled: bool) -> st.SearchStrategy[dict[str, Any]]:
 
 
 @st.composite
-def schedules(draw: st.DrawFn, sampled: bool = True, max_requests: int = 5) -> Schedule:
+def schedules(draw: st.DrawFn, max_requests: int = 5) -> Schedule:
     planned = st.builds(
         Planned,
         prefix=st.integers(0, 40),
@@ -108,7 +106,7 @@ def schedules(draw: st.DrawFn, sampled: bool = True, max_requests: int = 5) -> S
         aborted=st.none() | st.integers(0, 25),
         priority=st.integers(-1, 1),
         stream=st.booleans(),
-        params=params(sampled),
+        params=params(),
     )
     requests = tuple(draw(st.lists(planned, min_size=1, max_size=max_requests)))
     longest = max(p.prefix + p.own + p.params["max_tokens"] for p in requests)

@@ -24,7 +24,6 @@ from tests.system.schedules import MAX_SEQ_LEN, SAVED, Planned, Schedule, Server
 
 # The model of token ids answers with ids below 60, two of which are end tokens: all ends come up.
 TOKENS = replace(CONFIGS["toy"], eos_token_ids=(57, 59))
-IS_SAMPLED = False  # the engine serves greedy rows only, so far
 CROWDED = Schedule.load(SAVED / "crowded.json")
 
 
@@ -76,14 +75,14 @@ def test_every_request_is_as_if_alone_in_many_more_schedules(server: Server, sch
 
 
 @settings(max_examples=15)
-@given(schedules(sampled=IS_SAMPLED))
+@given(schedules())
 def test_every_request_of_the_toy_is_as_if_alone(toy: Server, schedule: Schedule):
     check(toy, schedule)
 
 
 @pytest.mark.slow
 @settings(max_examples=200)
-@given(schedules(sampled=IS_SAMPLED))
+@given(schedules())
 def test_every_request_of_the_toy_is_as_if_alone_more_often(toy: Server, schedule: Schedule):
     check(toy, schedule)
 
@@ -91,8 +90,7 @@ def test_every_request_of_the_toy_is_as_if_alone_more_often(toy: Server, schedul
 @pytest.mark.parametrize("path", sorted(SAVED.glob("*.json")), ids=lambda path: path.stem)
 def test_a_saved_schedule(server: Server, toy: Server, path):
     server.check(Schedule.load(path))
-    if IS_SAMPLED or path.stem == "crowded":
-        toy.check(Schedule.load(path))
+    toy.check(Schedule.load(path))
 
 
 def test_the_schedules_do_reach_preemption_and_the_cache(server: Server):

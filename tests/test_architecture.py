@@ -294,8 +294,16 @@ def catalogue() -> str:
     return (CSRC / "kernels" / "kernels.h").read_text()
 
 
-# The fused step: null in the twin's table, whose operations it must equal to the bit.
-FUSED = {"decode_workspace_bytes", "decode_max_seqs", "decode_step"}
+# What fuses others, and where: null in the twin's table, whose operations it must equal to the bit.
+FUSED = {
+    "decode_workspace_bytes": "kernels/test_bits_decode_step.py",
+    "decode_max_seqs": "kernels/test_bits_decode_step.py",
+    "decode_step": "kernels/test_bits_decode_step.py",
+    "linear_add": "system/test_fused_prefill.py",
+    "gated_linear": "system/test_fused_prefill.py",
+    "qkv_linear": "system/test_fused_prefill.py",
+    "fused_min_tokens": "system/test_fused_prefill.py",
+}
 
 
 def operations() -> list[str]:
@@ -315,7 +323,7 @@ def operations() -> list[str]:
         "packed_bytes",
         "name",
     }
-    return [name for name in members if name not in plumbing | FUSED]
+    return [name for name in members if name not in plumbing | FUSED.keys()]
 
 
 # Where an operation is tested, when not in tests/twin/test_<operation>.py.
@@ -371,7 +379,7 @@ class TestTheCatalogue:
 
         assert f".{operation} = cuda_{operation}," in gpu_table
         assert operation not in twin_table
-        assert (TESTS / "kernels" / "test_bits_decode_step.py").exists()
+        assert (TESTS / FUSED[operation]).exists()
 
     def test_each_source_has_every_test_that_it_refers_to(self):
         for path in c_sources():

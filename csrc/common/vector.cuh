@@ -26,9 +26,12 @@ __device__ __forceinline__ float high_float(uint32_t pair) {
     return __uint_as_float(pair & 0xffff0000u);
 }
 
+// Both rounded as to_bf16 rounds. In PTX: from the intrinsic the compiler takes the pair apart and together
+// again.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return (uint32_t)__bfloat16_as_ushort(pair.x) | ((uint32_t)__bfloat16_as_ushort(pair.y) << 16);
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
 }
 
 // Eight bf16 values taken apart, worked on in float32, put together again.

@@ -6,6 +6,7 @@
 // ranks, .. of K.
 
 #pragma once
+#include "../common/wgmma.cuh"
 #include "decode_batch.cuh"
 
 constexpr int kWarpgroup = 128;

@@ -130,6 +130,36 @@ typedef Status ResidualAdd(bf16 *out,      // [num_values]; may be x or y
                            const bf16 *y,  // [num_values]
                            int64_t num_values, Stream stream);
 
+// Fused operations for many tokens: to the bit what the operations above write one after another.
+
+// out = residual + x weightᵀ, the product rounded to bf16 first.
+typedef Status LinearAdd(bf16 *out,             // [num_tokens, weight->rows]; may be residual
+                         const bf16 *x,         // [num_tokens, weight->cols]
+                         const Matrix *weight,  // [out_features, in_features]
+                         const bf16 *residual,  // [num_tokens, weight->rows]
+                         int num_tokens, Stream stream);
+
+// out = silu_and_mul of both linear layers.
+typedef Status GatedLinear(bf16 *out,           // [num_tokens, gate->rows]
+                           const bf16 *x,       // [num_tokens, gate->cols]
+                           const Matrix *gate,  // [intermediate_size, hidden_size]
+                           const Matrix *up,    // [intermediate_size, hidden_size]
+                           int num_tokens, Stream stream);
+
+// q = x q_projᵀ, rotated; x k_projᵀ, rotated, and x v_projᵀ go to the cache's slots.
+typedef Status QkvLinear(bf16 *q,  // [num_tokens, num_heads, head_dim]
+                         const KvLayer *cache,
+                         const bf16 *x,                // [num_tokens, hidden_size]
+                         const Matrix *q_proj,         // [num_heads * head_dim, hidden_size]
+                         const Matrix *k_proj,         // [num_kv_heads * head_dim, hidden_size]
+                         const Matrix *v_proj,         // [num_kv_heads * head_dim, hidden_size]
+                         const bf16 *table,            // [max_positions, head_dim]: cos | sin
+                         const int32_t *positions,     // [num_tokens]
+                         const int32_t *slot_mapping,  // [num_tokens]
+                         int num_tokens, Stream stream);
+// The fewest tokens for which the three above are worth taking.
+typedef int FusedMinTokens(void);
+
 typedef Status Argmax(int32_t *ids,         // [num_rows]
                       const float *logits,  // [num_rows, vocab_size]
                       int num_rows, int vocab_size, Stream stream);
@@ -275,7 +305,11 @@ typedef struct Kernels {
     ScoreTokens *score_tokens;
     TensorCoreStep *tensor_core_step;
     Exp2 *exp2;
-    // The fused step; null where a backend has none.
+    // What fuses others; null where a backend has none.
+    LinearAdd *linear_add;
+    GatedLinear *gated_linear;
+    QkvLinear *qkv_linear;
+    FusedMinTokens *fused_min_tokens;
     DecodeWorkspaceBytes *decode_workspace_bytes;
     DecodeMaxSeqs *decode_max_seqs;
     DecodeStep *decode_step;
@@ -315,6 +349,10 @@ Sample twin_sample, cuda_sample;
 ScoreTokens twin_score_tokens, cuda_score_tokens;
 TensorCoreStep twin_tensor_core_step, cuda_tensor_core_step;
 Exp2 twin_exp2, cuda_exp2;
+LinearAdd cuda_linear_add;
+GatedLinear cuda_gated_linear;
+QkvLinear cuda_qkv_linear;
+FusedMinTokens cuda_fused_min_tokens;
 DecodeWorkspaceBytes cuda_decode_workspace_bytes;
 DecodeMaxSeqs cuda_decode_max_seqs;
 DecodeStep cuda_decode_step;

@@ -42,3 +42,7 @@ extern "C" Status cuda_linear_f32(float *out, const bf16 *x, const Matrix *weigh
                                   Stream stream) {
     return launch_linear(out, x, weight, num_tokens, true, stream);
 }
+
+extern "C" int cuda_fused_min_tokens(void) {
+    return kFewTokens + 1;
+}

@@ -10,19 +10,12 @@
 // See       twin/silu_and_mul.c, tests/kernels/test_bits_elementwise.py
 
 #include "../common/cuda_status.h"
-#include "../common/exp2.cuh"
-#include "../common/vector.cuh"
+#include "silu.cuh"
 extern "C" {
 #include "kernels.h"
 }
 
 constexpr int kThreads = 256;  // full occupancy at any register count
-
-static __device__ __forceinline__ float silu_and_mul(float gate, float up) {
-    float e = contract_exp2(__fmul_rn(-gate, __int_as_float(LOG2_E)));
-    float silu = to_float(to_bf16(__fdiv_rn(gate, __fadd_rn(1.0f, e))));
-    return __fmul_rn(silu, up);
-}
 
 static __global__ void silu_and_mul_kernel(bf16 *out, const bf16 *gate, const bf16 *up,
                                            int64_t num_values) {

@@ -1,7 +1,7 @@
 // forward.c -- the Llama decoder on one page: one call per operation, a tap after each.
 //
 // Source    transformers modeling_llama.py; Touvron et al., arXiv:2302.13971
-// See       docs/architecture.md, verification/taps.py
+// See       prefill.c, decode.c, docs/architecture.md, verification/taps.py
 
 #include "model.h"
 
@@ -105,7 +105,12 @@ Status model_forward(Model *model, const BatchIndex *batch, const TapSet *taps,
     TRY(model->kernels->embedding(a->residual, &model->weights.embed_tokens, batch->input_ids,
                                   batch->num_tokens, model->stream));
     TRY(tap(model, taps, TAP_EMBED, 0, a->residual, batch));
+    int is_fused = taps->num_taps == 0 && prefill_applies(model, batch);
     for (int layer = 0; layer < model->config.num_layers; layer++) {
+        if (is_fused) {
+            TRY(prefill_layer(model, layer, batch));
+            continue;
+        }
         TRY(attention_block(model, layer, batch, taps));
         TRY(mlp_block(model, layer, batch, taps));
     }

@@ -114,6 +114,10 @@ int decode_applies(const Model *model, const BatchIndex *batch);
 Status decode_forward(Model *model, const BatchIndex *batch, int steps_before, int num_steps,
                       const EngineSampling *sampling, float *logits, int32_t *next_ids);
 
+// The fused layer for many tokens: whether this step is worth it, and one layer.
+int prefill_applies(const Model *model, const BatchIndex *batch);
+Status prefill_layer(Model *model, int layer, const BatchIndex *batch);
+
 // One step: fills host arrays logits [num_logits, vocab_size] and next_ids [num_logits], either may be
 // null; next_ids are the arg-max, or chosen as `sampling` says, unless null.
 Status model_forward(Model *model, const BatchIndex *batch, const TapSet *taps,

@@ -52,7 +52,7 @@ endif
 OBJECTS := $(patsubst csrc/%,build/%.o,$(C_FILES) $(CU_FILES))
 
 .DEFAULT_GOAL := build
-.PHONY: help build verify test mutants evidence golden record-gpu sanitize bench lint format clean FORCE
+.PHONY: help build verify verify-op test mutants evidence golden record-gpu sanitize bench lint format clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -71,6 +71,9 @@ mutants: $(LIBRARY) $(PACKAGES)  ## plant every fault of the catalogue in turn: 
 
 evidence: $(PACKAGES)  ## docs/evidence.md, made of the records of the last runs in docs/evidence/
 	@$(PYTHON) -m verification.evidence_page $(ARGS)
+
+verify-op: $(LIBRARY) $(PACKAGES)  ## a shared object of yours: make verify-op OP=rms_norm LIB=./mine.so
+	@$(PYTHON) -m verification.verify_op "$(OP)" "$(LIB)"
 
 golden: $(LIBRARY) $(PACKAGES)  ## record golden/ again; refuses a dirty tree, shows what changed
 	$(PYTHON) -m verification.record $(ARGS)

@@ -68,21 +68,25 @@ class Library:
     """
 
     def __init__(self, path: Path | None = None, expected_stamp: str | None = None) -> None:
-        self.path = Path(path or LIBRARY_PATH)
-        self.ffi = FFI()
-        self.ffi.cdef(_declarations())
-        if not self.path.exists():
-            raise EngineError(f"{self.path.name} is not built: run make")
-        try:
-            self.lib = self.ffi.dlopen(str(self.path), os.RTLD_NOW | os.RTLD_LOCAL)
-        except OSError as error:
-            raise EngineError(f"{self.path.name} cannot be loaded: {error}") from error
+        self._load(Path(path or LIBRARY_PATH))
         info = self.ffi.new("EngineBuildInfo *")
         self.check(self.lib.engine_build_info(info))
         self.has_cuda = bool(info.has_cuda)
         self.source_stamp = self.ffi.string(info.source_stamp).decode()
         self.numerics_version = self.ffi.string(info.numerics_version).decode()
         self._check_belongs(info, expected_stamp or source_stamp(CSRC))
+
+    def _load(self, path: Path) -> None:
+        """Opens a shared object; what it has is looked up at the first call."""
+        self.path = path
+        self.ffi = FFI()
+        self.ffi.cdef(_declarations())
+        if not path.exists():
+            raise EngineError(f"{path.name} is not built: run make")
+        try:
+            self.lib = self.ffi.dlopen(str(path), os.RTLD_NOW | os.RTLD_LOCAL)
+        except OSError as error:
+            raise EngineError(f"{path.name} cannot be loaded: {error}") from error
 
     def _check_belongs(self, info: object, expected_stamp: str) -> None:
         if info.abi_version != ABI_VERSION:

@@ -52,10 +52,11 @@ endif
 OBJECTS := $(patsubst csrc/%,build/%.o,$(C_FILES) $(CU_FILES))
 
 .DEFAULT_GOAL := build
-.PHONY: help build verify verify-op test mutants evidence golden record-gpu sanitize bench lint format clean FORCE
+.PHONY: help build verify verify-op test mutants evidence golden record-gpu sanitize lint format clean FORCE
+.PHONY: bench bench-gpu bench-compare bench-table
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 	@echo "  variables       MODEL=$(MODEL) DEVICE=$(DEVICE) TIER=$(TIER) CUDA=auto|none|wheel VENV=system V=1"
 
 build: $(LIBRARY)  ## the engine's shared library; with nvcc both backends, without it the CPU twin alone
@@ -84,8 +85,18 @@ record-gpu: $(LIBRARY) $(PACKAGES)  ## on a GPU machine: its bits, tests, saniti
 sanitize: $(LIBRARY) $(PACKAGES)  ## four sanitizers over every kernel, each after its planted defect
 	NVCC="$(NVCC)" $(PYTHON) -m verification.sanitizers $(ARGS)
 
-bench: $(LIBRARY) $(PACKAGES)  ## benchmarks of the operators and of the engine
-	$(PYTHON) -m pytest tests/benchmarks --benchmark-only -o addopts="--import-mode=importlib" $(ARGS)
+BENCH = NVCC="$(NVCC)" $(PYTHON) -m pytest --benchmark-only -o addopts="--import-mode=importlib" -q
+bench: $(LIBRARY) $(PACKAGES)  ## benchmarks of the operators and of the engine, on a GPU with its peers
+	$(BENCH) tests/benchmarks $(ARGS)
+
+bench-gpu: $(LIBRARY) $(PACKAGES)  ## the GPU's alone: every point, the peers by turns, into build/bench.json
+	$(BENCH) tests/benchmarks/test_bench_gpu.py $(ARGS)
+
+bench-compare: bench-gpu  ## fails on a regression beyond the noise; BENCH_BASE=DIR times that checkout by turns
+	$(PYTHON) -m tests.benchmarks.compare
+
+bench-table: $(PACKAGES)  ## the recorded benchmarks as a table, and docs/benchmarks.svg
+	$(PYTHON) -m tests.benchmarks.table $(ARGS)
 
 lint: $(PACKAGES)  ## ruff and clang-format, checking only
 	$(PYTHON) -m ruff check .

@@ -15,6 +15,7 @@ from pathlib import Path
 from engine.bindings import LIBRARY_PATH
 from verification.gpu_record import gpu_source_stamp
 from verification.sanitizers.lanes import LANES, LaneResult, run_lane, sanitizer, sass_opcodes
+from verification.sanitizers.workload import PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANTED = ROOT / "tests" / "kernels" / "planted"
@@ -76,7 +77,7 @@ def main() -> int:
     run = sanitizer(found["compute-sanitizer"], LOGS)
     with ThreadPoolExecutor(len(LANES)) as pool:  # the lanes share the card: wall time is the limit
         results = list(
-            pool.map(lambda lane: run_lane(lane, run, planted, WORKLOAD, opcode_at), LANES)
+            pool.map(lambda lane: run_lane(lane, run, planted, WORKLOAD, PARTS, opcode_at), LANES)
         )
     for result in results:
         print("\n".join(show(result)))

@@ -3,7 +3,7 @@
 Prints one line per case and nothing of the results, which tests/kernels hold to the twin. Kept
 small: a sanitizer makes a kernel ten to a hundred times slower. KV blocks that no sequence owns are
 filled with NaN, so reading one is no reading of unwritten memory; that it changes no bit is tested.
-Knows the engine; knows nothing of the tools. `python -m verification.sanitizers.workload`
+Knows the engine, not the tools. `python -m verification.sanitizers.workload [PART ...]`
 """
 
 import sys
@@ -19,13 +19,17 @@ from engine.config import EngineConfig
 from engine.model_runner import ModelRunner
 from engine.models import resolve
 from engine.ops import Ops
+from engine.sampling import EDIT, ROW, SamplingBatch
 from engine.sources.toy import CONFIGS
 
 NAN = 0x7FC1
 TOKENS = (1, 8, 9, 17, 64, 65, 129)  # around the fragments of 8, the strips of 64, the tiles of 128
 # Models whose steps run whole: heads per kv head 2 and 3; an odd vocabulary; long reductions.
 MODELS = ("toy", "toy-gqa3", "toy-untied", "toy-wide")
+OPERATIONS = "operations"
+PARTS = (OPERATIONS, *MODELS)  # each may run in a process of its own
 # Of a prompt, then decoded: around a tile of 128 keys and a segment of 1024.
+MANY = (12, 33, 70)  # sequences: a part of a tile of 32, more than one, more than one of 64
 LENGTHS = ((1,), (127, 128, 129), (1030, 1, 16))
 ROOM = EngineConfig(
     device="cuda",
@@ -34,7 +38,7 @@ ROOM = EngineConfig(
     num_blocks=160,
     max_seq_len=1100,
     max_num_tokens=1100,
-    max_num_seqs=16,
+    max_num_seqs=80,
 )
 
 Case = tuple[str, Callable[[], object]]
@@ -74,9 +78,28 @@ def operator_cases(ops: Ops) -> Iterator[Case]:
         yield f"residual_add, {count} x 320", lambda x=x, y=y: ops.residual_add(x, y)
     logits = np.random.default_rng(1).standard_normal((3, 331), dtype=np.float32)
     yield "argmax, 3 x 331", lambda: ops.argmax(logits)
+    yield from _sampling_cases(ops)
     c, a = np.zeros(33, np.float32), _bf16(33, 16)
     yield "tensor_core_step, 33", lambda: ops.tensor_core_step(c, a, a)
     yield "exp2, 257", lambda: ops.exp2(np.linspace(-130, 130, 257, dtype=np.float32))
+
+
+def _sampling_cases(ops: Ops) -> Iterator[Case]:
+    counters = (np.arange(33, dtype=np.uint64), *[np.arange(33, dtype=np.int32)] * 2)
+    yield "uniform, 33", lambda: ops.uniform(*counters)
+    for vocab_size in (33, 2049):
+        logits = np.random.default_rng(2).standard_normal((3, vocab_size), dtype=np.float32)
+        rows = np.zeros(3, ROW)
+        rows["temperature"], rows["repetition_penalty"] = (0, 1, 0.7), 1.3
+        rows["top_p"], rows["top_k"], rows["min_p"] = (1, 0.9, 0.5), (0, 7, 31), (0, 0, 0.01)
+        rows["num_logprobs"], rows["scored_id"], rows["num_edits"] = 5, -1, 2
+        edits = np.zeros(6, EDIT)
+        edits["token_id"], edits["count"], edits["flags"] = [0, 32] * 3, 3, [1, 3] * 3
+        unscored = rows.copy()
+        unscored["num_logprobs"] = -1
+        batch, plain = SamplingBatch(rows, edits, 5), SamplingBatch(unscored, edits, None)
+        yield f"sample, 3 x {vocab_size}", lambda x=logits, b=batch: ops.sample(x, b)
+        yield f"edit_logits, 3 x {vocab_size}", lambda x=logits, b=plain: ops.edit_logits(x, b)
 
 
 def _attention_cases(ops: Ops) -> Iterator[Case]:
@@ -102,7 +125,7 @@ def _attention_cases(ops: Ops) -> Iterator[Case]:
 
 
 def model_cases(name: str, runner: ModelRunner) -> Iterator[Case]:
-    """Whole steps: prefill, decode with taps, decode fused, and more sequences than are fused."""
+    """Whole steps: prefill, decode with taps, decode fused in one launch, and in chained ones."""
     for lengths in LENGTHS:
         tables = _tables(runner, lengths)
         parts = [
@@ -114,9 +137,10 @@ def model_cases(name: str, runner: ModelRunner) -> Iterator[Case]:
         yield f"{name}: prefill of {lengths}", lambda b=prefill: runner.forward(b)
         yield f"{name}: decode after {lengths}, a tap", lambda b=step: _tapped(runner, b)
         yield f"{name}: 2 greedy steps after {lengths}", lambda b=step: runner.engine.decode(b, 2)
-    many = (5,) * 12
-    step = _decode_batch(many, _tables(runner, many))
-    yield f"{name}: 2 greedy steps of 12 sequences", lambda: runner.engine.decode(step, 2)
+    for count in MANY:
+        step = _decode_batch((5,) * count, _tables(runner, (5,) * count))
+        what = f"{name}: 2 greedy steps of {count} sequences"
+        yield what, lambda b=step: runner.engine.decode(b, 2)
     slots = np.arange(40, dtype=np.int32)
     yield f"{name}: read_kv, 40 slots", lambda: runner.read_kv(0, slots)
 
@@ -156,17 +180,19 @@ def run_cases(cases: Iterator[Case]) -> int:
     return count
 
 
-def main() -> int:
-    """The whole workload; the last line says how many cases ran."""
+def main(parts: Sequence[str] = PARTS) -> int:
+    """Some parts of the workload; the last line says how many cases ran."""
     library, count = Library(), 0
-    with Ops(library, "cuda") as ops:
-        count += run_cases(operator_cases(ops))
-    for name in MODELS:
-        with ModelRunner(resolve(name), ROOM, library) as runner:
-            count += run_cases(model_cases(name, runner))
+    for part in parts:
+        if part == OPERATIONS:
+            with Ops(library, "cuda") as ops:
+                count += run_cases(operator_cases(ops))
+        else:
+            with ModelRunner(resolve(part), ROOM, library) as runner:
+                count += run_cases(model_cases(part, runner))
     print(f"{count} cases ran")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:] or PARTS))

@@ -10,8 +10,11 @@
 //   arrive  the same, every reading lane arrives for itself
 //   plain   the same as ring, read by ordinary loads
 //   lanes   a ring whose pieces are copied by four lanes after one lane told the bytes
-//   init    many barriers, initialised one per thread, before members that other warps write meanwhile, as
-//           at the start of decode_step_kernel
+//   init    two arrays of barriers, initialised by the first 44 and the first 22 threads, beside members
+//   that
+//           lanes of other warps write meanwhile: the start of decode_step_kernel. The compiler predicates
+//           the second array's instruction off for threads 22 to 43, whose address register still holds the
+//           first array's; racecheck counts it as executed, 22 barriers behind the array's end
 //   unordered   the ring, read before the wait for the bytes: wrong on purpose, for comparison
 //
 // Prints "right" or "wrong" and returns 1 where the sum is wrong (`unordered` may be anything).
@@ -25,20 +28,26 @@ constexpr int kWarp = 32, kWarps = 6;
 constexpr int kRows = 8, kRowBytes = 16, kTiles = 4;  // ldmatrix: four 8 x 8 tiles of 2 bytes
 constexpr int kPieceBytes = kTiles * kRows * kRowBytes;
 constexpr int kPieces = 8, kSlots = 2, kCopyLanes = 4;
-constexpr int kManyFull = 44, kManyEmpty = 22;  // as many as the engine's ring has
+constexpr int kFull = 44, kEmpty = 22, kOrders = 5;  // as the engine's ring has
 
 enum Mode { kOnce, kRing, kArrive, kPlain, kLanes, kInit, kUnordered, kNumModes };
 const char *const kNames[] = {"once", "ring", "arrive", "plain", "lanes", "init", "unordered"};
+
+struct Shared {
+    alignas(128) unsigned char ring[kSlots][kPieceBytes];
+    uint64_t full[kSlots];
+    uint64_t empty[kSlots];
+};
 
 struct Order {
     int values[6];
 };
 
-struct Shared {
-    alignas(128) unsigned char ring[kSlots][kPieceBytes];
-    uint64_t full[kManyFull];
-    uint64_t empty[kManyEmpty];
-    Order orders[kWarps - 1];
+struct InitShared {
+    alignas(1024) unsigned char ring[kPieceBytes];
+    uint64_t full[kFull];
+    uint64_t empty[kEmpty];
+    Order orders[kOrders];
     unsigned counter;
 };
 
@@ -88,35 +97,59 @@ static __global__ void bulk_copy_control_kernel(uint32_t *out, const unsigned ch
                                                 int pieces) {
     __shared__ Shared shared;
     int thread = (int)threadIdx.x, warp = thread / kWarp;
-    int full = mode == kInit ? kManyFull : kSlots, empty = mode == kInit ? kManyEmpty : kSlots;
-    if (thread < full) barrier_init(shared_address(&shared.full[thread]), 1);
-    if (thread < empty) barrier_init(shared_address(&shared.empty[thread]), mode == kArrive ? kWarp : 1);
-    if (thread < full) barrier_init_fence();
-    if (mode == kInit) {
-        if (thread == 0) shared.counter = 0;
-        if (warp < kWarps - 1 && thread % kWarp == 0) {
-            for (int i = 0; i < 6; ++i) shared.orders[warp].values[i] = pieces * warp + i;
-        }
+    if (thread < kSlots) {
+        barrier_init(shared_address(&shared.full[thread]), 1);
+        barrier_init(shared_address(&shared.empty[thread]), mode == kArrive ? kWarp : 1);
+        barrier_init_fence();
     }
-    __syncthreads();  // the barriers and the orders exist before anybody uses them
+    __syncthreads();  // the barriers exist before anybody uses them
     if (thread >= kWarp) {
         if (warp == kWarps - 1) produce(shared, in, mode, pieces);
         return;
     }
-    if (mode == kInit) {
-        for (int i = 0; i < (kWarps - 1) * 6; ++i) {
-            if (shared.orders[i / 6].values[i % 6] != pieces * (i / 6) + i % 6) pieces = 0;  // wrong
-        }
-        if (shared.counter != 0) pieces = 0;
-    }
     consume(shared, out, mode, pieces);
+}
+
+// Writes what it finds in the orders, and a 1 for each barrier that is in its first phase.
+static __global__ void barrier_init_control_kernel(int *out) {
+    extern __shared__ unsigned char raw[];
+    InitShared &shared = *reinterpret_cast<InitShared *>(raw);
+    int thread = (int)threadIdx.x;
+    if (thread < kFull) barrier_init(shared_address(&shared.full[thread]), 1);
+    if (thread < kEmpty) barrier_init(shared_address(&shared.empty[thread]), 1);
+    if (thread < kFull) barrier_init_fence();
+    if (thread == 0) shared.counter = 0;
+    int warp = thread / kWarp;
+    if (warp < kOrders && thread % kWarp == 0) {
+        for (int i = 0; i < 6; ++i) shared.orders[warp].values[i] = thread + i;
+    }
+    __syncthreads();  // the barriers and the orders exist before anybody uses them
+    if (thread < kOrders * 6) out[thread] = shared.orders[thread / 6].values[thread % 6];
+    if (thread < kEmpty) barrier_arrive(shared_address(&shared.empty[thread]));
+    __syncthreads();  // every barrier has its one arrival
+    if (thread < kEmpty) barrier_wait(shared_address(&shared.empty[thread]), 0);
+    if (thread == 0) out[kOrders * 6] = (int)shared.counter + 1;
+}
+
+static int run_init(void) {
+    constexpr int kValues = kOrders * 6 + 1;
+    int found[kValues], *out;
+    if (cudaMalloc(&out, sizeof found) != cudaSuccess) return 2;
+    barrier_init_control_kernel<<<1, kWarps * kWarp, sizeof(InitShared)>>>(out);
+    if (cudaMemcpy(found, out, sizeof found, cudaMemcpyDeviceToHost) != cudaSuccess) return 2;
+    bool is_right = found[kValues - 1] == 1;
+    for (int i = 0; i < kValues - 1; ++i) is_right = is_right && found[i] == i / 6 * kWarp + i % 6;
+    printf("init: %s\n", is_right ? "right" : "wrong");
+    (void)cudaFree(out);
+    return is_right ? 0 : 1;
 }
 
 int main(int count, char **words) {
     int mode = 0;
     while (mode < kNumModes && (count < 2 || strcmp(words[1], kNames[mode]) != 0)) ++mode;
     if (mode == kNumModes) return 2;
-    int pieces = mode == kOnce ? 1 : mode == kInit ? kSlots : kPieces;
+    if (mode == kInit) return run_init();
+    int pieces = mode == kOnce ? 1 : kPieces;
     static unsigned char host[kPieces * kPieceBytes];
     uint32_t sums[4 * kWarp], expected[4 * kWarp] = {0};
     for (int i = 0; i < pieces * kPieceBytes; ++i) host[i] = (unsigned char)(i * 37 % 61);

@@ -8,7 +8,7 @@ from tests.verification.sanitizers.test_findings import CLEAN, MEMCHECK
 from verification.sanitizers.lanes import LANES, Lane, read_sass, run_lane
 
 PLANTED = {name: Path(name) for name in ("out_of_bounds", "bulk_copy_control", "missing_barrier")}
-WORKLOAD = ("workload",)
+PARTS = ("workload",)
 LANE = Lane("memcheck", "out_of_bounds", "Invalid __global__ write")
 RACES = Lane("racecheck", "missing_barrier", "Race reported", controls=("ring",))
 CODE = {0x10: "UBLKCP", 0x20: "LDSM", 0x30: "STS"}
@@ -33,7 +33,7 @@ def run(lane: Lane, said: dict[str, tuple[int, str]]):
         assert name == lane.tool
         return said[program[-1]]
 
-    return run_lane(lane, tool, PLANTED, WORKLOAD, lambda function, offset: CODE.get(offset))
+    return run_lane(lane, tool, PLANTED, ("run",), PARTS, lambda function, offset: CODE.get(offset))
 
 
 def test_a_lane_that_caught_its_defect_and_found_nothing_passes():
@@ -66,7 +66,22 @@ def test_a_workload_that_did_not_end_well_fails(status: int, said: str):
     result = run(LANE, {"out_of_bounds": (0, MEMCHECK), "workload": (status, said)})
 
     assert result.status == "fail"
-    assert "the workload did not end" in result.problems[0]
+    assert "workload did not end" in result.problems[0]
+
+
+def test_every_part_must_end_and_what_they_find_is_added_up():
+    dirty = (0, MEMCHECK + "12 cases ran\n")
+    said = {"out_of_bounds": (0, MEMCHECK), "one": dirty, "two": dirty, "three": (1, "")}
+
+    def tool(name, arguments, program):
+        return said[program[-1]]
+
+    parts = ("one", "two", "three")
+    result = run_lane(LANE, tool, PLANTED, ("run",), parts, lambda function, offset: None)
+
+    assert result.cases == 24
+    assert any("2 x Invalid __global__ write" in problem for problem in result.problems)
+    assert any("three did not end" in problem for problem in result.problems)
 
 
 def test_a_finding_fails_the_lane_and_is_named():
@@ -83,7 +98,7 @@ def test_a_finding_that_the_summary_counts_and_nobody_read_fails():
 
     result = run(LANE, {"out_of_bounds": (0, MEMCHECK), "workload": (0, hidden)})
 
-    assert result.problems == ["3 findings by the tool's summary, 0 read"]
+    assert result.problems == ["workload: 3 findings by the summary, 0 read"]
 
 
 def test_what_a_correct_control_shows_too_is_counted_as_the_tools_limit():

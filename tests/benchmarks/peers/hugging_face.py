@@ -1,0 +1,109 @@
+"""Transformers as a peer: as it comes, and with a static cache under torch.compile.
+
+Both attend through SDPA, transformers' default, and choose by arg-max.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+from tests.benchmarks.points import Point
+
+MAX_STEPS = 8  # of one timed call: it takes ten times as long as the others
+
+
+class Transformers:
+    """Transformers, eager; a Contestant.
+
+    Args:
+        directory: the model in Hugging Face form.
+        device, dtype: where and in what it computes.
+        model: one that is loaded already.
+    """
+
+    name = "transformers, eager"
+
+    def __init__(
+        self,
+        directory: Path,
+        device: str = "cuda",
+        dtype: torch.dtype = torch.bfloat16,
+        model: torch.nn.Module | None = None,
+    ) -> None:
+        self.device = device
+        self.model = model or AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        self.model = self.model.to(device).eval()
+        self._ids: list[Tensor] = []
+
+    @torch.inference_mode()
+    def prepare(self, point: Point, prompts: np.ndarray) -> None:
+        """Fills the cache; see Contestant."""
+        self._tokens = torch.from_numpy(prompts).long().to(self.device)
+        self._point = point
+        self.steps = min(point.steps, MAX_STEPS)
+        self._cache = None
+        if point.kind == "decode" and point.context > 1:
+            self._cache = self._filled(self._tokens[:, :-1])
+
+    def _filled(self, tokens: Tensor) -> DynamicCache:
+        cache = DynamicCache(config=self.model.config)
+        self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cache
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """The timed call; afterwards the cache is cut back to where it began."""
+        if self._point.kind == "prefill":
+            logits = self.model(self._tokens, use_cache=True, logits_to_keep=1).logits
+            self._ids = [logits[:, -1].argmax(-1)]
+            return
+        tokens, self._ids = self._tokens[:, -1:], []
+        for _ in range(self.steps):
+            logits = self.model(tokens, past_key_values=self._cache, use_cache=True).logits
+            self._ids.append(logits[:, -1].argmax(-1))
+            tokens = self._ids[-1][:, None]
+        self._cache.crop(-self.steps)
+
+    def token_ids(self) -> np.ndarray:
+        """See Contestant."""
+        return torch.stack(self._ids).cpu().numpy()
+
+    def close(self) -> None:
+        """Give the point's memory back."""
+        self._cache = None
+
+
+class CompiledTransformers(Transformers):
+    """Transformers with StaticCache and torch.compile(mode="reduce-overhead"); decode alone."""
+
+    name = "transformers, StaticCache, torch.compile"
+
+    def __init__(self, *arguments: object, **named: object) -> None:
+        super().__init__(*arguments, **named)
+        self._step = torch.compile(self._one_step, mode="reduce-overhead", fullgraph=False)
+
+    def _filled(self, tokens: Tensor) -> StaticCache:
+        self._room = self._point.context + MAX_STEPS
+        cache = StaticCache(config=self.model.config, max_cache_len=self._room)
+        self.model(tokens, past_key_values=cache, logits_to_keep=1)
+        return cache
+
+    def _one_step(self, tokens: Tensor, position: Tensor) -> Tensor:
+        output = self.model(tokens, past_key_values=self._cache, position_ids=position)
+        return output.logits[:, -1].argmax(-1)
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """The timed call; every one writes the same slots."""
+        tokens, self._ids = self._tokens[:, -1:], []
+        for layer in self._cache.layers:  # the cache counts what it was given: begin again
+            layer.cumulative_length.fill_(self._point.context - 1)
+        for step in range(self.steps):
+            position = torch.full((1, 1), self._point.context - 1 + step, device=self.device)
+            torch.compiler.cudagraph_mark_step_begin()
+            chosen = self._step(tokens, position).clone()
+            self._ids.append(chosen)
+            tokens = chosen[:, None]

@@ -1,0 +1,196 @@
+"""The engine on a GPU at every point of points.py, its peers by turns with it in the same run.
+
+One test is one point: pytest-benchmark times this engine, and before each of its rounds every other
+contestant runs once, so A B C A B C; this engine is one of the others too, which tells the noise.
+What the timed calls left behind is checked. The results are written to build/bench.json. Peers are
+chosen by $BENCH_PEERS; $BENCH_BASE names another checkout of this engine, built, as a contestant.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine.bindings import CSRC, Library
+from engine.config import ModelConfig
+from engine.models import resolve
+from engine.source_stamp import source_stamp
+from tests.benchmarks import gpu
+from tests.benchmarks.contestants import (
+    Contestant,
+    Touchstone,
+    agreement,
+    prompts_of,
+    room_for,
+)
+from tests.benchmarks.points import MODEL, POINTS, Limits, Point, floor_ms
+from tests.benchmarks.timing import Interleaved, Spread, noise
+from verification.gpu_record import gpu_source_stamp
+
+ROUNDS = 7
+OUTPUT = CSRC.parent / "build" / "bench.json"
+PEERS = os.environ.get("BENCH_PEERS", "graph,eager,compiled").split(",")
+AGAIN = "touchstone again"  # the same engine among the others
+COMPILED_POINTS = ("decode B=1, 128",)  # compiling takes half a minute a point
+MAX_SHORTFALL = 0.5  # sigma, of a peer's first tokens: ten times bf16's error, an eighth of chance
+
+pytestmark = pytest.mark.gpu
+
+
+class Session:
+    """Everything that lives from the first point to the last, and what was found."""
+
+    def __init__(self) -> None:
+        self.directory = resolve(MODEL)
+        self.config = ModelConfig.from_directory(self.directory)
+        self.results: dict = {
+            "status": "pass",
+            "gpu_source": gpu_source_stamp(),
+            "model": MODEL,
+            "clocks_before": gpu.clocks(),
+            "points": [],
+            "kernels": {},
+        }
+        self.limits: Limits = gpu.measure_limits()
+        self.results["limits"] = {"read": self.limits.read, "multiply": self.limits.multiply}
+        self.results["first_token"] = gpu.first_token_seconds(self.directory)
+        self.library = Library()
+        room = room_for(POINTS, "cuda")
+        free, _ = torch.cuda.mem_get_info()
+        self.ours = Touchstone(self.directory, room, self.library)
+        memory = self.ours.runner.engine.memory()
+        taken = free - torch.cuda.mem_get_info()[0]
+        beyond = taken - memory["weights"] - memory["kv_cache"]
+        self.results["memory"] = {**memory, "taken": taken, "beyond": beyond}
+        self.others: list[Contestant] = self._others(room)
+
+    def _others(self, room) -> list[Contestant]:
+        from tests.benchmarks.peers.hugging_face import CompiledTransformers, Transformers
+        from tests.benchmarks.peers.torch_graph import TorchGraph
+
+        others: list[Contestant] = []
+        if base := os.environ.get("BENCH_BASE"):
+            stamp = source_stamp(Path(base) / "csrc")
+            library = Library(Path(base) / "engine" / "libengine.so", expected_stamp=stamp)
+            others.append(Touchstone(self.directory, room, library, "base"))
+        if "graph" in PEERS:
+            others.append(TorchGraph(self.directory))
+        if {"eager", "compiled"} & set(PEERS):
+            eager = Transformers(self.directory)
+            others += [eager] if "eager" in PEERS else []
+            if "compiled" in PEERS:
+                others.append(CompiledTransformers(self.directory, model=eager.model))
+        return others
+
+    def write(self) -> None:
+        """Writes bench.json; a run without every point is not a pass."""
+        if len(self.results["points"]) != len(POINTS):
+            self.results["status"] = "fail"
+        self.results["clocks_after"] = gpu.clocks()
+        OUTPUT.parent.mkdir(exist_ok=True)
+        OUTPUT.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[Session]:
+    if not torch.cuda.is_available() or not Library().has_cuda:
+        pytest.skip("requires a CUDA device and a library built with nvcc")
+    made = Session()
+    yield made
+    made.write()
+    made.ours.close()
+
+
+@pytest.mark.benchmark(timer=gpu.clock, disable_gc=True)
+@pytest.mark.parametrize("point", POINTS, ids=lambda point: point.name)
+def test_point(benchmark, session: Session, point: Point):
+    prompts, ours = prompts_of(point, session.config.vocab_size), session.ours
+    ours.prepare(point, prompts)
+    ready, missing = _prepare(session.others, point, prompts)
+    turns = {AGAIN: ours.run, **{other.name: other.run for other in ready}}
+    others = {name: Interleaved({name: call}, gpu.clock) for name, call in turns.items()}
+    for _ in range(2):  # warm-up: compiles, and lets the clocks rise
+        ours.run()
+        for other in others.values():
+            other.turn()
+    for other in others.values():
+        other.forget()
+
+    def by_turns() -> None:
+        for other in others.values():
+            other.turn()
+
+    benchmark.group = point.kind
+    benchmark.pedantic(ours.run, setup=by_turns, rounds=ROUNDS, iterations=1)
+
+    row = _row(session, point, benchmark.stats.stats.data, others, ready)
+    row["contestants"] |= {name: {"not run": why} for name, why in missing.items()}
+    row["checked"] = ours.check(point, prompts)
+    row["clocks"] = gpu.clocks()
+    for other in ready:
+        ids, entry = other.token_ids(), row["contestants"][other.name]
+        entry["agreement"] = round(agreement(ids, ours.token_ids()), 3)
+        entry["shortfall"] = round(ours.shortfall(ids[0]), 4)
+        entry["outputs"] = "ok" if entry["shortfall"] <= MAX_SHORTFALL else "differ"
+        if not isinstance(other, Touchstone):
+            other.close()  # this point's memory
+    torch.cuda.empty_cache()
+    if point.name in ("decode B=1, 128", "decode B=32, 512", "prefill B=1, 2048"):
+        session.results["kernels"][point.name] = gpu.kernel_times(ours.run)[:16]
+    session.results["points"].append(row)
+    benchmark.extra_info |= {k: row[k] for k in ("floor", "share_of_limit", "target")}
+    if not row["checked"]["equal"]:
+        session.results["status"] = "fail"
+        pytest.fail(f"what was timed is wrong: {row['checked']}")
+
+
+def _prepare(
+    others: list[Contestant], point: Point, prompts: np.ndarray
+) -> tuple[list[Contestant], dict[str, str]]:
+    """Who is ready for a point, and why the rest is not."""
+    ready, missing = [], {}
+    for other in others:
+        if "torch.compile" in other.name and point.name not in COMPILED_POINTS:
+            missing[other.name] = f"compiled for {', '.join(COMPILED_POINTS)} alone"
+            continue
+        try:
+            other.prepare(point, prompts)
+            other.run()
+            ready.append(other)
+        except Exception as error:  # a peer's failure is no failure of the engine; it is told
+            missing[other.name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    return ready, missing
+
+
+def _row(
+    session: Session,
+    point: Point,
+    seconds: list[float],
+    others: dict[str, Interleaved],
+    ready: list[Contestant],
+) -> dict:
+    """One point as bench.json has it; milliseconds per step."""
+    steps = {other.name: getattr(other, "steps", point.steps) for other in ready}
+    mine = Spread(tuple(1e3 * each / point.steps for each in seconds))
+    spreads = {session.ours.name: mine}
+    for name, other in others.items():
+        (spread,) = other.spreads().values()
+        per_call = steps.get(name, point.steps)
+        spreads[name] = Spread(tuple(each / per_call for each in spread.rounds))
+    floor = floor_ms(point, session.config, session.limits)
+    return {
+        "name": point.name,
+        "kind": point.kind,
+        "batch": point.batch,
+        "context": point.context,
+        "steps": point.steps,
+        "target": point.target,
+        "floor": round(floor, 5),
+        "share_of_limit": round(floor / mine.median, 4),
+        "noise": round(noise(mine, spreads[AGAIN]), 5),
+        "contestants": {name: spread.to_json() for name, spread in spreads.items()},
+    }

@@ -54,7 +54,7 @@ static uint32_t bound_for(const Candidates *c, Measure *measure, uint64_t target
         uint32_t candidate = bound | bit;
         if (sum_from(c, measure, candidate > c->least ? candidate : c->least) >= target) bound = candidate;
     }
-    return bound > c->least ? bound : c->least;
+    return bound;  // not below c->least: from there on is all there is
 }
 
 // The high half of a 128-bit product: a * b / 2^64.

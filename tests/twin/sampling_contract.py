@@ -14,6 +14,19 @@ UNIT = 1 << 38
 LOG2_E = 1.4426950408889634
 U_MAX = 2**64 - 1
 
+# At this temperature the scale is 1, so that integer logits have weights that are powers of two.
+EXACT = 1.4426950216293335
+
+
+def powers(*weights: int) -> np.ndarray:
+    """Logits of these weights at temperature EXACT, each a sum of tokens of power-of-two weight."""
+    exponents = [e for w in weights for e in range(w.bit_length() - 1, -1, -1) if w >> e & 1]
+    return np.array(exponents, np.float32) - np.float32(max(exponents))
+
+
+# The first token's mass is just what top_p = 0.5 asks for; half a unit short of 0.75 of all.
+BORDERS_OF_TOP_P = (powers(UNIT, UNIT // 2, UNIT // 2), powers(UNIT, -(-UNIT // 3)))
+
 
 def rows(count: int, **fields: object) -> np.ndarray:
     """Sampling rows with neutral values but for those given."""

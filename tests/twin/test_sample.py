@@ -102,15 +102,17 @@ class TestTies:
         assert self.kept(twin, floats(1, 1, 1, 1), top_p=1e-6) == {0, 1, 2, 3}
 
     def test_mass_that_reaches_top_p_exactly_is_enough(self, twin: Ops):
-        # a half and two quarters, at a scale of one bit: exact weights
-        row = floats(math.log(2), 0, 0)
-        temperature = 1.0
-        masses = page.weights(row, temperature)
-        assert masses[1] == masses[2] and abs(masses[0] - 2 * masses[1]) < 2**20
-        half = masses[0] / sum(masses)
+        row = page.BORDERS_OF_TOP_P[0]  # a half and two quarters
 
-        assert self.kept(twin, row, top_p=half - 1e-6) == {0}
-        assert self.kept(twin, row, top_p=half + 1e-6) == {0, 1, 2}
+        assert self.kept(twin, row, temperature=page.EXACT, top_p=0.5) == {0}
+        assert self.kept(twin, row, temperature=page.EXACT, top_p=0.5000001) == {0, 1, 2}
+
+    def test_mass_that_is_half_a_unit_short_of_top_p_is_not(self, twin: Ops):
+        row = page.BORDERS_OF_TOP_P[1]
+        masses = page.weights(row, page.EXACT)
+        assert 4 * masses[0] == 3 * sum(masses) - 2
+
+        assert 1 in draw(twin, row, page.borders(masses), temperature=page.EXACT, top_p=0.75)
 
     def test_the_zeros_are_equal(self, twin: Ops):
         assert self.kept(twin, floats(0.0, -0.0, -1), top_k=1) == {0, 1}

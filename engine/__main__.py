@@ -1,4 +1,4 @@
-"""The command line: `python -m engine generate --model NAME "a prompt"`.
+"""The command line: `python -m engine generate --model NAME "a prompt"`, and `bench`.
 
 Decides options, what goes to stdout (the answer) and what to stderr (progress, timings, errors),
 and the exit code: 0 done, 1 the engine refused or failed, 2 wrong use, 130 interrupted. Knows
@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from engine.bench_command import add_bench_parser, run_bench
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import DeviceUnavailable, EngineError, InvalidArgument
 from engine.generate import Answer, GreedyDecoder, Timings, answer_length, room_for
@@ -75,7 +76,10 @@ def main(arguments: Sequence[str] | None = None, make_runner: RunnerFactory | No
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters of the answer
     bar = ProgressBar()
     try:
-        _generate(options, make_runner or _model_runner, bar)
+        if options.command == "bench":
+            run_bench(options, bar.report)
+        else:
+            _generate(options, make_runner or _model_runner, bar)
     except BrokenPipeError:
         # The reader has gone; the interpreter must not complain about it when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -137,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--json", action="store_true", help="print one JSON object instead of the text"
     )
+    add_bench_parser(commands)
     return parser
 
 

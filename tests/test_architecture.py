@@ -43,6 +43,7 @@ PURE = (
     "request_checks",
     "llm_engine",
     "room",
+    "bench",
 )
 
 

@@ -1,0 +1,50 @@
+"""The command `python -m engine bench`, over the toy."""
+
+import json
+
+import pytest
+
+from engine.__main__ import main
+
+SMALL = ["--model", "toy", "--device", "cpu", "--threads", "1", "--max-model-len", "64"]
+
+
+def test_throughput_of_both_kinds_of_batching_as_json(capsys):
+    arguments = ["--num-prompts", "6", "--input-len", "4:8", "--output-len", "2:9"]
+
+    code = main(
+        ["bench", "throughput", *SMALL, *arguments, "--batching", "both", "--max-num-seqs", "2",
+         "--json"]
+    )  # fmt: skip
+
+    found = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert found["static"]["tg_tokens"] == found["continuous"]["tg_tokens"]
+    assert found["continuous"]["steps"] <= found["static"]["steps"]
+    assert found["device"] == "cpu"
+
+
+def test_latency_is_one_batch(capsys):
+    code = main(
+        ["bench", "latency", *SMALL, "--batch-size", "2", "--input-len", "5", "--output-len", "3"]
+    )
+
+    out = capsys.readouterr().out
+    assert code == 0
+    assert "toy latency: 2 requests, pp 10 + tg 6 tokens" in out
+    assert "itl ms" in out
+
+
+def test_what_does_not_fit_is_an_error_in_words(capsys):
+    code = main(["bench", "latency", *SMALL, "--input-len", "60", "--output-len", "30"])
+
+    assert code == 1
+    assert "error: max_tokens must be from 1 to 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["bench"], ["bench", "latency", "--input-len", "x"]])
+def test_wrong_use_is_wrong_use(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+
+    assert caught.value.code == 2

@@ -52,7 +52,7 @@ endif
 OBJECTS := $(patsubst csrc/%,build/%.o,$(C_FILES) $(CU_FILES))
 
 .DEFAULT_GOAL := build
-.PHONY: help build verify verify-op test mutants evidence golden record-gpu sanitize lint format clean FORCE
+.PHONY: help build verify verify-op test mutants teeth evidence golden record-gpu sanitize lint format clean FORCE
 .PHONY: bench bench-gpu bench-compare bench-table
 
 help:  ## this list
@@ -69,6 +69,9 @@ test: $(LIBRARY) $(PACKAGES)  ## the tests; TIER=fast leaves out the slow ones
 
 mutants: $(LIBRARY) $(PACKAGES)  ## plant every fault of the catalogue in turn: all must be found and named
 	$(PYTHON) -m verification.mutants $(ARGS)
+
+teeth: $(LIBRARY) $(PACKAGES)  ## the kill matrix: every fault, made by hand, of the museum and generated; resumable
+	$(PYTHON) -m verification.teeth --device $(DEVICE) $(ARGS)
 
 evidence: $(PACKAGES)  ## docs/evidence.md, made of the records of the last runs in docs/evidence/
 	@$(PYTHON) -m verification.evidence_page $(ARGS)

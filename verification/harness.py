@@ -171,6 +171,7 @@ def verify_engine(
         tokens=tuple(run.whole.tokens),
         goldens=Goldens("not run", "goldens are held against a run by the command"),
         first_failure=run.findings.first(),
+        failed_checks=run.findings.count_by_level(),
     )
 
 

@@ -16,6 +16,7 @@ from verification.taps import POINT, forward_index, hf_module_of, operation_of
 
 # Known inputs; the same operations on their own inputs; whole layers; logits; tokens.
 LEVELS = ("local", "accumulated", "layers", "logits", "tokens")
+RESIDUAL = "residual"  # in counts: whole layers' failures at the residual stream after a layer
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,15 @@ class Findings:
         """The first failure, written out."""
         ordered = self.ordered()
         return self.describe(ordered[0]) if ordered else None
+
+    def count_by_level(self) -> dict[str, int]:
+        """Failed checks of each level that has any, lowest first."""
+        counts = dict.fromkeys(("local", "accumulated", "layers", RESIDUAL, "logits", "tokens"), 0)
+        for finding in self.failed:
+            level = finding.level or finding.mode
+            is_residual = level == "layers" and finding.tap == "mlp_residual"
+            counts[RESIDUAL if is_residual else level] += 1
+        return {level: count for level, count in counts.items() if count}
 
     def describe(self, finding: Finding) -> Failure:
         """A finding with the places in both code bases and the value's coordinates."""

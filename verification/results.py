@@ -147,6 +147,7 @@ class Results:
     tokens: tuple[PromptTokens, ...]
     goldens: Goldens
     first_failure: Failure | None
+    failed_checks: dict[str, int] = field(default_factory=dict)  # by level, lowest first
     schema: int = field(default=SCHEMA)
 
     @property

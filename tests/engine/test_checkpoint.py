@@ -72,6 +72,21 @@ def test_a_missing_tensor_is_refused_by_name_and_shape(tmp_path: Path):
     assert f"tensor {NORM!r} of shape [64] is missing" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("name", [name for name in SHAPES if len(SHAPES[name]) == 2])
+def test_a_tensor_of_another_shape_and_as_many_values_is_refused_by_name(tmp_path: Path, name: str):
+    # as many bytes, so that nothing but the shape can tell: a transposed weight, say
+    rows, columns = SHAPES[name]
+    other = [columns, rows] if rows != columns else [rows // 2, columns * 2]
+    header, data = parts_of(list(SHAPES))
+    header[name]["shape"] = other
+    write(tmp_path / "model.safetensors", header, data)
+
+    message = refusal(tmp_path)
+
+    assert f"{name!r}: shape must be [{rows}, {columns}] by the config" in message
+    assert f"got {other}" in message
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

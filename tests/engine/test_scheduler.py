@@ -191,6 +191,24 @@ def test_a_shared_prefix_is_computed_once(caching: bool):
     assert driver.sizes[4] == [8 if caching else 40]
 
 
+def test_a_prefix_evicted_while_its_reader_was_preempted_is_computed_again():
+    # What was cached when a sequence first came says nothing about when it comes back.
+    driver = Driver(scheduler(num_blocks=5, seqs=1, tokens=64))
+    first, reader = sequence(0, 40), sequence(0, 40, max_tokens=20, priority=1)
+    driver.scheduler.add(first)
+    driver.run()
+    driver.scheduler.add(reader)
+    driver.step()
+    usurper = sequence(7, 76)
+    driver.scheduler.add(usurper)
+
+    driver.run()
+
+    assert (reader.num_cached_tokens, reader.num_preemptions) == (32, 1)
+    assert driver.finished == [first, usurper, reader]
+    assert_as_alone([first, usurper, reader])
+
+
 def test_followers_wait_for_the_prompt_and_share_it():
     driver = Driver(scheduler(tokens=16))
     leader = sequence(0, 40)

@@ -37,6 +37,8 @@ CONFIGS = {
     "smollm2": replace(LLAMA, rope_scaling=None, rope_theta=100000.0),
     "llama-2": replace(LLAMA, rope_scaling=None, rope_theta=10000.0),
     "toy": replace(LLAMA, rope_theta=10000.0, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64)),
+    # no published model has a low factor but 1, which multiplies and divides alike
+    "low-factor-2": replace(LLAMA, rope_scaling=RopeScaling(8.0, 2.0, 6.0, 4096)),
 }
 configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 

@@ -155,3 +155,18 @@ def test_forced_rows_reach_logits_that_are_computed_in_slices(make_runner):
     forced = runner.forward(step, [Tap(TapPoint.final_norm, 0, force=reversed_rows)])
 
     assert_same_bits(forced.logits, np.ascontiguousarray(plain.logits[::-1]))
+
+
+def test_each_layer_has_a_tap_of_its_own(runner: ModelRunner):
+    # layer 0 alone is what the first operations give; later layers pass the same points
+    step = batch()
+    taps = {
+        (point, layer): Tap(point, layer, out=runner.tap_buffer(point, step))
+        for point in (TapPoint.attn_norm, TapPoint.v, TapPoint.mlp_residual)
+        for layer in (0, 1)
+    }
+
+    runner.forward(step, list(taps.values()))
+
+    for point in (TapPoint.attn_norm, TapPoint.v, TapPoint.mlp_residual):
+        assert (taps[point, 0].out != taps[point, 1].out).mean() > 0.5, point.name

@@ -1,5 +1,9 @@
 """The cache: exactly the new tokens' slots are written, and each is read back from its place."""
 
+import ctypes
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -64,3 +68,24 @@ def test_slots_are_read_in_the_order_asked(make_runner, slots: list[int]):
 
     for part, whole in zip(some, everything, strict=True):
         assert_same_bits(part, whole[slots])
+
+
+@pytest.fixture(scope="module")
+def value_offset(tmp_path_factory):
+    """Of a slot's vector in the pool, without a pool: csrc/twin/kv_cache.h alone, compiled."""
+    path = tmp_path_factory.mktemp("layout") / "kv_vectors.so"
+    source = Path(__file__).resolve().parent / "layout" / "kv_vectors.c"
+    subprocess.run(["cc", "-std=gnu11", "-O1", "-shared", "-fPIC", source, "-o", path], check=True)
+    function = ctypes.CDLL(str(path)).value_offset
+    function.restype = ctypes.c_int64
+    return function
+
+
+@pytest.mark.parametrize("slot", [0, 127, 128, 2**20 - 1, 2**22, 2**24 + 77, 2**26])
+@pytest.mark.parametrize("is_value", [0, 1], ids=["k", "v"])
+def test_a_slots_place_is_counted_in_more_than_32_bits(value_offset, slot: int, is_value: int):
+    # the pool of a whole H200 holds some 2^36 values; 2^31 is where an int ends
+    block, offset = divmod(slot, 128)
+    expected = (((block * 8 + 5) * 2 + is_value) * 128 + offset) * 64
+
+    assert value_offset(slot, 5, 128, 8, is_value) == expected

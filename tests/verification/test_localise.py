@@ -99,3 +99,23 @@ def test_on_a_gpu_the_cuda_function_is_named(findings):
 
     assert findings.first().c_function == "cuda_silu_and_mul"
     assert findings.first().file == "csrc/kernels/silu_and_mul.cu"
+
+
+def test_failures_are_counted_by_level_lowest_first_and_the_residual_stream_apart(findings):
+    for each in (
+        finding("logits", mode="accumulated", level="tokens"),
+        finding("mlp_residual", mode="accumulated", level="layers"),
+        finding("q", mode="accumulated", level="layers"),
+        finding("q", 1),
+        finding("q", 0),
+        finding("mlp_residual", mode="accumulated"),
+    ):
+        findings.add(each)
+
+    assert list(findings.count_by_level().items()) == [
+        ("local", 2),
+        ("accumulated", 1),
+        ("layers", 1),
+        ("residual", 1),
+        ("tokens", 1),
+    ]

@@ -36,7 +36,7 @@ def test_the_json_has_the_fields_of_the_schema_and_no_others():
     assert list(results().to_json()) == [
         *("schema", "model", "engine", "versions", "machine", "started", "seconds", "verdict"),
         *("summary", "cells", "ulp_histogram", "residual_growth", "logits", "tokens"),
-        *("goldens", "first_failure"),
+        *("goldens", "first_failure", "failed_checks"),
     ]
 
 

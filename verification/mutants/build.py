@@ -31,9 +31,14 @@ class BuildError(EngineError):
 
 @dataclass(frozen=True)
 class Tree:
-    """A directory with csrc/, the Makefile and, once built, the library."""
+    """A directory with csrc/, the Makefile and, once built, the library.
+
+    Args:
+        make: the command that builds it.
+    """
 
     root: Path
+    make: tuple[str, ...] = MAKE
 
     @property
     def csrc(self) -> Path:
@@ -52,7 +57,7 @@ class Tree:
         # What an outer make exports (its flags, its variables) must not reach this one.
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
         done = subprocess.run(
-            MAKE, cwd=self.root, env=environment, capture_output=True, text=True, check=False
+            self.make, cwd=self.root, env=environment, capture_output=True, text=True, check=False
         )
         if done.returncode != 0:
             raise BuildError(f"{what} does not build:\n{done.stdout}{done.stderr}")

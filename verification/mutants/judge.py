@@ -30,13 +30,18 @@ NUM_THREADS = 1
 
 @dataclass(frozen=True)
 class Named:
-    """What the suite named first."""
+    """What the suite named first.
+
+    Args:
+        levels: those at which anything failed, lowest first; none where only bits were compared.
+    """
 
     operator: str
     tap: str
     layer: int
     grade: str
     message: str
+    levels: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -81,7 +86,8 @@ class Judge:
         failure = results.first_failure
         if failure is None:  # failed without a word: found, but nothing is named
             return Named("", "", 0, "", "the verdict is fail and names nothing")
-        return Named(failure.operator, failure.tap, failure.layer, failure.grade, failure.message)
+        place = (failure.operator, failure.tap, failure.layer)
+        return Named(*place, failure.grade, failure.message, tuple(results.failed_checks))
 
     def bits(self, library: Library, setting: Setting) -> Named | None:
         """The first tap of the forward pass whose bits are not the unmutated library's."""

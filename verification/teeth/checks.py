@@ -1,0 +1,148 @@
+"""Which checks a fault meets, in level order: the operator first, the whole system last.
+
+Knows which tests belong to which source and what a test folder proves; knows nothing of faults.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from verification.mutants.catalogue import DEFAULT_MODEL, DEFAULT_PROMPTS
+
+# Where a fault can die, lowest first.
+LEVELS = ("operator", "layer", "residual stream", "logits", "tokens", "system")
+
+# The levels of verification.localise in these words; both of its operator levels are one here.
+LEVEL_OF_FINDING = {
+    "local": "operator",
+    "accumulated": "operator",
+    "layers": "layer",
+    "residual": "residual stream",
+    "logits": "logits",
+    "tokens": "tokens",
+    "system": "system",
+}
+
+LEVEL_OF_TESTS = {
+    "tests/twin": "operator",
+    "tests/common": "operator",
+    "tests/kernels": "operator",
+    "tests/model": "layer",
+}
+
+VERIFY, BITS, TESTS = "verify", "bits", "tests"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that is asked of a planted tree.
+
+    Args:
+        kind: VERIFY, BITS or TESTS.
+        label: its column of the matrix.
+        arguments: those of verification.teeth.fork_server.
+        cpu, wall: seconds of processor and of time; a fault that runs past either is killed.
+    """
+
+    kind: str
+    label: str
+    arguments: tuple[tuple[str, Any], ...]
+    cpu: int
+    wall: int
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """As the fork server reads it."""
+        return {"kind": self.kind} | {
+            key: list(value) if isinstance(value, tuple) else value for key, value in self.arguments
+        }
+
+    @property
+    def level(self) -> str:
+        """The level at which it finds; verify tells its own, this is its lowest."""
+        if self.kind == TESTS:
+            return LEVEL_OF_TESTS.get("/".join(self.label.split("/")[:2]), "system")
+        return "operator" if self.kind == VERIFY else "system"
+
+
+def verify(model: str = DEFAULT_MODEL, prompts: str = DEFAULT_PROMPTS) -> Check:
+    """The suite against transformers."""
+    return Check(VERIFY, "verify", (("model", model), ("prompts", prompts)), 20, 80)
+
+
+def bits(model: str = DEFAULT_MODEL, prompts: str = DEFAULT_PROMPTS) -> Check:
+    """Every tap's bits against those without the fault."""
+    return Check(BITS, "bits", (("model", model), ("prompts", prompts)), 20, 80)
+
+
+def tests(*paths: str, label: str | None = None, cpu: int = 40) -> Check:
+    """Tests of the tree, up to the first that fails."""
+    return Check(TESTS, label or paths[0], (("tests", paths),), cpu, 3 * cpu)
+
+
+# Where a source is tested, when not in the file of its name under tests/.
+OTHER_TESTS = {
+    "csrc/twin/exp2": "tests/twin/test_exp2.py",
+    "csrc/twin/packed_matrix": "tests/twin/test_linear.py",
+    "csrc/twin/threads": "tests/system/test_schedule_invariance.py",
+    "csrc/twin/twin_kernels": "tests/twin/test_tensor_core.py",
+    "csrc/model/model": "tests/model/test_forward.py",
+    "csrc/model/decode": "tests/system/test_fused_decode.py",
+    "csrc/model/sample": "tests/twin/test_sample.py",
+    "csrc/model/uniform": "tests/twin/test_sample.py",
+    "csrc/twin/weight": "tests/twin/test_linear.py",
+    "engine/outputs": "tests/engine/test_llm_engine.py",
+    "engine/request": "tests/engine/test_llm_engine.py",
+    "engine/request_checks": "tests/engine/test_llm_engine.py",
+    "engine/sampling_struct": "tests/engine/test_sampling.py",
+    "engine/sequence": "tests/engine/test_scheduler.py",
+}
+KERNEL_TESTS = {
+    "argmax": ("tests/kernels/test_bits_argmax.py",),
+    "attention": ("tests/kernels/test_bits_attention.py",),
+    "embedding": ("tests/kernels/test_bits_copies.py",),
+    "gather_rows": ("tests/kernels/test_bits_copies.py",),
+    "kv_cache": ("tests/kernels/test_bits_copies.py", "tests/kernels/test_bits_attention.py"),
+    "linear": ("tests/kernels/test_bits_linear.py",),
+    "pack_weight": ("tests/kernels/test_bits_linear.py",),
+    "decode": ("tests/kernels/test_bits_decode_step.py",),
+    "decode_batch": ("tests/kernels/test_bits_decode_batch.py",),
+    "edit_logits": ("tests/kernels/test_bits_sample.py",),
+    "sample": ("tests/kernels/test_bits_sample.py",),
+    "score_tokens": ("tests/kernels/test_bits_sample.py",),
+    "weight": ("tests/kernels/test_bits_linear.py",),
+    "residual_add": ("tests/kernels/test_bits_elementwise.py",),
+    "silu_and_mul": ("tests/kernels/test_bits_elementwise.py",),
+    "exp2": ("tests/kernels/test_bits_elementwise.py",),
+    "rms_norm": ("tests/kernels/test_bits_rms_norm.py",),
+    "rotary_embedding": ("tests/kernels/test_bits_rotary_embedding.py",),
+    "tensor_core_step": ("tests/kernels/test_bits_tensor_core_step.py",),
+}
+
+
+def own_tests(file: str, root: Path) -> tuple[str, ...]:
+    """The tests that a source's faults are first held to; they mirror the tree.
+
+    Args:
+        file: from the root of the checkout.
+    """
+    path = Path(file)
+    folder = "/".join(path.parts[:-1])
+    if folder == "csrc/kernels":
+        names = [name for name in KERNEL_TESTS if path.stem.startswith(name)]
+        return KERNEL_TESTS[max(names, key=len)] if names else ("tests/kernels",)
+    tested_in = f"tests/{folder.removeprefix('csrc/')}"
+    own = OTHER_TESTS.get(f"{folder}/{path.stem}", f"{tested_in}/test_{path.stem}.py")
+    return (own,) if (root / own).exists() else (tested_in,)
+
+
+def for_generated(file: str, root: Path) -> tuple[Check, ...]:
+    """Every check that a generated fault meets until one fails."""
+    own = [tests(path) for path in own_tests(file, root)]
+    if file.startswith("csrc/kernels"):
+        return (*own, tests("tests/kernels", cpu=200), tests("tests/system", cpu=200))
+    wide = [tests("tests/model", cpu=120), tests("tests/runtime", cpu=120)]
+    wide += [tests("tests/system", cpu=240)]
+    if file.startswith("csrc/"):
+        return (verify(), *own, tests("tests/twin", cpu=120), *wide)
+    return (*own, tests("tests/engine", cpu=180), tests("tests/system", cpu=240), verify())

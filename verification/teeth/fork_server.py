@@ -1,0 +1,181 @@
+"""Runs checks on planted trees, each in a process of its own that starts warm.
+
+A script, not a module of the package: it imports what every check needs from outside this project
+(torch, transformers, pytest) once, then reads one request per line and forks a child for it, whose
+project code comes from the tree under test alone. What crashes, hangs or never returns is therefore
+an answer like any other. Knows trees and checks; knows nothing of faults.
+
+Request   {"tree", "pristine", "check": {"kind": "verify" | "bits" | "tests", ...}, "cpu", "wall"}
+Answer    {"status": "killed" | "alive" | "broken", "by", "why", "named", "levels", "seconds"}
+"""
+
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import time
+import traceback
+
+GRACE_SECONDS = 2  # between the processor limit's polite signal and its end
+
+
+def main() -> None:
+    """Serves until its input ends."""
+    sys.path[:] = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    _import_what_is_shared()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing else may write into the answers
+    answers.write("ready\n")
+    answers.flush()
+    for line in sys.stdin:
+        answers.write(json.dumps(_in_a_child(json.loads(line))) + "\n")
+        answers.flush()
+
+
+def _import_what_is_shared() -> None:
+    import _pytest.assertion.rewrite  # noqa: F401
+    import cffi  # noqa: F401
+    import hypothesis.extra.numpy  # noqa: F401
+    import hypothesis.stateful  # noqa: F401
+    import pytest  # noqa: F401
+    import rich.table  # noqa: F401
+    import safetensors.torch  # noqa: F401
+    import tokenizers  # noqa: F401
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def _in_a_child(request: dict) -> dict:
+    clock = time.monotonic()
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(ours)
+        _child(request, theirs)
+    os.close(theirs)
+    text, ran_out = _read_all(ours, request["wall"])
+    if ran_out:
+        os.killpg(child, signal.SIGKILL)
+    os.close(ours)
+    _, status = os.waitpid(child, 0)
+    answer = {"status": "broken", "by": "", "why": "", "named": None, "levels": []}
+    if text.endswith("}"):
+        answer |= json.loads(text)
+    elif ran_out:
+        answer |= {"status": "killed", "by": "limit", "why": f"ran past {request['wall']} s"}
+    elif os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        words = signal.strsignal(number) or f"signal {number}"
+        answer |= {"status": "killed", "by": "crash", "why": words}
+    else:
+        answer |= {"why": f"left with status {os.waitstatus_to_exitcode(status)} and no answer"}
+    return answer | {"seconds": round(time.monotonic() - clock, 2)}
+
+
+def _read_all(pipe: int, seconds: float) -> tuple[str, bool]:
+    """What a child writes until it ends; and whether it did not end in time."""
+    end, text = time.monotonic() + seconds, b""
+    while True:
+        left = end - time.monotonic()
+        if left <= 0 or not select.select([pipe], [], [], left)[0]:
+            return text.decode(), True
+        piece = os.read(pipe, 65536)
+        if not piece:
+            return text.decode(), False
+        text += piece
+
+
+def _child(request: dict, pipe: int) -> None:
+    """Runs the check and leaves; never returns."""
+    os.setpgid(0, 0)
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    cpu = request["cpu"]
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + GRACE_SECONDS))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.chdir(request["tree"])
+    sys.path.insert(0, request["tree"])
+    try:
+        check = dict(request["check"])
+        answer = CHECKS[check.pop("kind")](request, **check)
+    except BaseException as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        why = f"{type(error).__name__}: {error} ({os.path.basename(last.filename)}:{last.lineno})"
+        answer = {"status": "killed", "by": "error", "why": why[:400]}
+    os.write(pipe, json.dumps(answer).encode())
+    os._exit(0)
+
+
+def _verify(request: dict, model: str, prompts: str) -> dict:
+    """The suite against transformers, as make verify runs it."""
+    from engine.bindings import Library
+    from verification.mutants.judge import Judge
+
+    named = Judge(Library()).verify(None, (model, prompts))
+    return _answer(named, "verify")
+
+
+def _bits(request: dict, model: str, prompts: str) -> dict:
+    """Every tap's bits against those of the tree without a fault."""
+    from pathlib import Path
+
+    from engine.bindings import Library
+    from engine.source_stamp import source_stamp
+    from verification.mutants.judge import Judge
+
+    root = Path(request["pristine"])
+    pristine = Library(root / "engine" / "libengine.so", source_stamp(root / "csrc"))
+    named = Judge(pristine).bits(Library(), (model, prompts))
+    return _answer(named, "bits")
+
+
+def _answer(named: object, by: str) -> dict:
+    if named is None:
+        return {"status": "alive", "by": by}
+    place = [named.operator, named.tap, named.layer]
+    levels = list(named.levels) or ["system"]
+    why = named.message[:300]
+    return {"status": "killed", "by": by, "why": why, "named": place, "levels": levels}
+
+
+def _tests(request: dict, tests: list[str]) -> dict:
+    """Some of the tree's own tests, up to the first that fails."""
+    import pytest
+
+    class Recorder:
+        passed, failed, why = 0, "", ""
+
+        def pytest_runtest_logreport(self, report):
+            if report.failed and not self.failed:
+                self.failed, self.why = report.nodeid, _last_line(report)
+            self.passed += report.when == "call" and report.passed
+
+        def pytest_collectreport(self, report):
+            if report.failed and not self.failed:
+                self.failed, self.why = f"{report.nodeid} (import)", _last_line(report)
+
+    recorder = Recorder()
+    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-m", "not slow"]
+    status = pytest.main([*options, f"--rootdir={request['tree']}", *tests], plugins=[recorder])
+    if recorder.failed:
+        return {"status": "killed", "by": recorder.failed, "why": recorder.why[:300]}
+    if status == 0 and recorder.passed:
+        return {"status": "alive", "by": "tests"}
+    return {"status": "broken", "why": f"pytest left with {int(status)}, {recorder.passed} passed"}
+
+
+def _last_line(report: object) -> str:
+    lines = [line for line in str(report.longrepr).splitlines() if line.startswith("E ")]
+    return lines[0][2:].strip() if lines else str(report.longrepr).strip().splitlines()[-1]
+
+
+CHECKS = {"verify": _verify, "bits": _bits, "tests": _tests}
+
+if __name__ == "__main__":
+    main()

@@ -236,11 +236,10 @@ class TestTheArena:
 
     def test_a_check_that_fails_without_a_fault_ends_the_run(self, tmp_path):
         missing = checks.tests("tests/no_such_test.py")
+        planted = made("break", "pass", missing, file="engine/block_manager.py")
 
         with pytest.raises(TeethError, match="gives no answer"):
-            arena.run(
-                [generated("break;", "", missing, file="engine/block_manager.py")], CPU, Cache(None)
-            )
+            arena.run([planted], CPU, Cache(None))
 
 
 class TestKeys:

@@ -37,7 +37,6 @@ def main() -> None:
 
 def _import_what_is_shared() -> None:
     import _pytest.assertion.rewrite  # noqa: F401
-    import cffi  # noqa: F401
     import hypothesis.extra.numpy  # noqa: F401
     import hypothesis.stateful  # noqa: F401
     import pytest  # noqa: F401

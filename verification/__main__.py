@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import transformers
@@ -17,8 +18,7 @@ from rich.text import Text
 from engine.config import ModelConfig
 from engine.errors import EngineError, InvalidArgument
 from engine.models import model_names, resolve
-from verification import goldens
-from verification.golden_check import check_goldens, golden_roots
+from verification.golden_check import GoldenRun
 from verification.goldens import GoldenVerdict
 from verification.gpu_record import check_gpu_record
 from verification.harness import verify
@@ -132,6 +132,8 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, console: C
         except InvalidArgument as error:
             parser.error(f"argument --prompts: {error}")
         selection = Selection(*map(_set, (options.taps, options.layers, options.op, options.grade)))
+        # A selection of taps or layers leaves too little to hold against the record.
+        goldens = GoldenRun(name, prompts) if selection.is_everything else None
         results = verify(
             directory,
             [(prompt.id, prompt.token_ids) for prompt in prompts],
@@ -139,23 +141,20 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, console: C
             progress,
             name=name,
             decode_text=decoder_for(directory),
+            goldens=goldens,
         ).to_json()
-        if selection.is_everything:
-            weights = results["model"]["weights_sha256"]
-            found = check_goldens(name, directory, prompts, weights, options.device, progress)
-        else:
-            found = GoldenVerdict("not run", "only a selection was verified")
-        gpu = _gpu_record(results, name, [prompt.id for prompt in prompts], found)
-    return with_records(results, found, gpu)
+        gpu = _gpu_record(results, [prompt.id for prompt in prompts], goldens)
+    return with_gpu_record(results, gpu)
 
 
 def _gpu_record(
-    results: dict, name: str, prompt_ids: Sequence[str], held: GoldenVerdict
+    results: dict, prompt_ids: Sequence[str], goldens: GoldenRun | None
 ) -> GoldenVerdict:
     """What the record of a GPU says of this run."""
-    found = goldens.find(name, golden_roots()) if held.status == "pass" else None
-    golden = goldens.load(found) if found is not None else None
-    return check_gpu_record(name, results["model"]["weights_sha256"], prompt_ids, held, golden)
+    if goldens is None:
+        return GoldenVerdict("not run", "only a selection was verified")
+    name, weights = results["model"]["name"], results["model"]["weights_sha256"]
+    return check_gpu_record(name, weights, prompt_ids, goldens.verdict(), goldens.golden)
 
 
 def json_text(results: dict) -> str:
@@ -169,11 +168,10 @@ def json_text(results: dict) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def with_records(results: dict, found: GoldenVerdict, gpu: GoldenVerdict) -> dict:
-    """The results with the verdicts of goldens and GPU record; a failed one fails the whole."""
-    verdict = "fail" if "fail" in (found.status, gpu.status) else results["verdict"]
-    records = {"goldens": found.to_json(), "gpu_record": gpu.to_json()}
-    return {**results, **records, "verdict": verdict}
+def with_gpu_record(results: dict, gpu: GoldenVerdict) -> dict:
+    """The results with the verdict of the GPU record; a failed one fails the whole."""
+    verdict = "fail" if gpu.status == "fail" else results["verdict"]
+    return {**results, "gpu_record": asdict(gpu), "verdict": verdict}
 
 
 def _check_layers(

@@ -18,17 +18,16 @@ from verification.rounding import power_below
 
 # error(engine) <= factor * error(yardstick) + one output rounding
 MAX_TAP_RATIO = 3.0  # RMS over the tokens of a prompt, MIN_TOKENS of them
-MAX_ROW_RATIO = (
-    6.0  # RMS over the channels of one token; measured on correct engines: 3.7 in 48,816
-)
-MIN_TOKENS = (
-    16  # with fewer, the yardstick's own error is a matter of luck: tokens are judged one by one
-)
-MAX_JUMP = (
-    2.0  # growth of error(engine) / error(yardstick) of the residual stream from layer to layer
-)
+# The worst token of a prompt against the yardstick's worst. Token by token they cannot be paired:
+# where one channel is massive, both errors are a random number times the same vector, and of two
+# such numbers the one is more than 6 times the other in one case of ten.
+MAX_WORST_RATIO = 6.0
+MIN_TOKENS = 16  # with fewer, the yardstick's own error is a matter of luck: the worst alone counts
+MAX_JUMP = 2.0  # growth of error(engine) / error(yardstick) of the residual stream over one layer
 
-MAX_CENTRED_RATIO = 2.0  # RMS of centred logits; MAX_ROW_RATIO for fewer positions than MIN_TOKENS
+MAX_CENTRED_RATIO = (
+    2.0  # RMS of centred logits; MAX_WORST_RATIO for fewer positions than MIN_TOKENS
+)
 MAX_KL_MEAN_RATIO = 4.0
 MAX_KL_GEOMETRIC_RATIO = 2.5
 MAX_KL_MAX_RATIO = 8.0
@@ -86,25 +85,25 @@ def judge_tap(errors: TapErrors) -> tuple[Verdict, float]:
     Returns:
         The verdict, and the largest error as a share of what is allowed.
     """
-    whole = _rms(errors.engine) / (MAX_TAP_RATIO * _rms(errors.yardstick) + _rms(errors.rounding))
-    per_row = errors.engine / (MAX_ROW_RATIO * errors.yardstick + errors.rounding)
-    row = float(per_row.nan_to_num(nan=math.inf).max())
-    whole = math.inf if math.isnan(whole) else whole
-    if len(errors.engine) < MIN_TOKENS:
-        whole = row
-    if whole > row and whole > 1:
+    engine, yardstick, rounding = errors.engine, errors.yardstick, errors.rounding
+    whole = _ratio(_rms(engine), MAX_TAP_RATIO * _rms(yardstick) + _rms(rounding))
+    allowed = MAX_WORST_RATIO * float(yardstick.max()) + float(rounding.max())
+    worst = _ratio(float(engine.max()), allowed)
+    if len(engine) < MIN_TOKENS:
+        whole = worst
+    if whole > worst and whole > 1:
         verdict = failed(
             f"error against the oracle is {whole:.3g} times what is allowed: "
             f"{MAX_TAP_RATIO:g} times the yardstick's and one rounding"
         )
-    elif row > 1:
+    elif worst > 1:
         verdict = failed(
-            f"a token's error against the oracle is {row:.3g} times what is allowed: "
-            f"{MAX_ROW_RATIO:g} times the yardstick's and one rounding"
+            f"the worst token's error against the oracle is {worst:.3g} times what is allowed: "
+            f"{MAX_WORST_RATIO:g} times that of the yardstick's worst and one rounding"
         )
     else:
         verdict = PASSED
-    return verdict, max(whole, row)
+    return verdict, max(whole, worst)
 
 
 def judge_growth(engine: Sequence[float], yardstick: Sequence[float]) -> list[tuple[int, Verdict]]:
@@ -180,7 +179,7 @@ def judge_logits(errors: LogitErrors) -> LogitVerdict:
     centred = _ratio(float(errors.engine.mean().sqrt()), float(errors.yardstick.mean().sqrt()))
     mean = geometric = largest = None
     is_long = len(errors.engine) >= MIN_TOKENS
-    limit = MAX_CENTRED_RATIO if is_long else MAX_ROW_RATIO
+    limit = MAX_CENTRED_RATIO if is_long else MAX_WORST_RATIO
     verdicts = [_limit("centred RMS error", centred, limit)]
     if is_long:
         ours, theirs = errors.engine_kl, errors.yardstick_kl

@@ -1,24 +1,25 @@
-"""Holds the engine and the oracle, as they are now, against what is recorded of a model.
+"""Holds a verification, as it runs, against what is recorded of its model.
 
-Knows which record belongs to a model and runs both sides on the same prompts; what counts as equal
-is decided in `goldens`.
+Knows which record belongs to a model and which rows of a step are a prompt's; what counts as equal
+is decided in `goldens`. The engine's bits were recorded with each prompt alone, and are held
+against prompts that share steps and blocks: they may not depend on company.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from engine.model_runner import ModelRunner
 from engine.models import cache_root
 from verification import goldens
-from verification.capture import capture, engine_config_for
-from verification.goldens import GoldenCheck, GoldenError, GoldenVerdict
-from verification.oracle import Reference
+from verification.goldens import Golden, GoldenCheck, GoldenError, GoldenVerdict
+from verification.oracle import Trace
+from verification.passes import Pass
 from verification.prompts import Prompt
 from verification.taps import operation_of
-
-Progress = Callable[[int, int, str], None]  # done, of how many, what
+from verification.workers import in_order
 
 
 def golden_roots() -> tuple[Path, ...]:
@@ -26,56 +27,80 @@ def golden_roots() -> tuple[Path, ...]:
     return (goldens.GOLDEN_ROOT, cache_root() / "golden")
 
 
-def check_goldens(
-    name: str,
-    directory: Path,
-    prompts: Sequence[Prompt],
-    weights_sha256: str,
-    device: str = "cpu",
-    progress: Progress | None = None,
-    roots: Iterable[Path] | None = None,
-) -> GoldenVerdict:
-    """Runs engine and oracle over the prompts and compares both with the record.
+class GoldenRun:
+    """One verification beside its model's record.
 
-    Args:
-        name: of the model; its record is the directory of that name.
-        directory: the model in Hugging Face form.
-        prompts: each must have been recorded.
-        weights_sha256: of the model's weights, as provenance.weights_sha256 gives it.
-        device: the engine's; every device must give the recorded bits.
-        progress: told what is under way.
-        roots: where records are looked for; golden_roots() if not given.
-
-    Returns:
-        "not run" without a record; "fail" for a damaged one, other weights or other numerics.
+    Invariant: the verdict is "not run" until something was compared, and "fail" for a damaged
+    record, other weights, other numerics or a prompt that was never recorded.
     """
-    found = goldens.find(name, golden_roots() if roots is None else roots)
-    if found is None:
-        return GoldenVerdict("not run", f"no goldens are recorded for {name}")
-    try:
-        check = GoldenCheck(goldens.load(found))
-    except GoldenError as error:
-        return GoldenVerdict("fail", str(error))
-    known = [p for p in prompts if check.same_prompt(p.id, p.sha256)]
-    with ModelRunner(directory, engine_config_for(prompts, device)) as runner:
-        facts = {"weights_sha256": weights_sha256}
-        if check.same_subject(**facts, numerics_version=runner.library.numerics_version):
-            _run(check, runner, Reference(directory, torch.float32), known, progress)
-    return check.verdict(lambda tap: operation_of(tap).name)
+
+    def __init__(
+        self, name: str, prompts: Sequence[Prompt], roots: Iterable[Path] | None = None
+    ) -> None:
+        """Finds the record.
+
+        Args:
+            name: of the model; its record is the directory of that name.
+            prompts: all that are verified; each must have been recorded.
+            roots: where records are looked for; golden_roots() if not given.
+        """
+        self._check: GoldenCheck | None = None
+        self._comparable: frozenset[str] = frozenset()
+        found = goldens.find(name, golden_roots() if roots is None else roots)
+        self._verdict = GoldenVerdict("not run", f"no goldens are recorded for {name}")
+        if found is None:
+            return
+        try:
+            self._check = check = GoldenCheck(goldens.load(found))
+        except GoldenError as error:
+            self._verdict = GoldenVerdict("fail", str(error))
+            return
+        self._comparable = frozenset(p.id for p in prompts if check.same_prompt(p.id, p.sha256))
+
+    @property
+    def golden(self) -> Golden | None:
+        """The record, if there is one to compare with."""
+        return self._check.golden if self._check is not None else None
+
+    def begin(self, **facts: str) -> None:
+        """Holds weights_sha256 and numerics_version to the record's; others end it."""
+        if self._check is not None and not self._check.same_subject(**facts):
+            self._comparable = frozenset()
+
+    def add_group(self, free: Pass, oracle: Trace) -> None:
+        """A group's free-running prefill, and the oracle's values of the same rows."""
+        segments = [s for s in free.segments if s.prompt in self._comparable]
+        work = [(segment, key) for segment in segments for key in oracle]
+
+        def measured(item: tuple) -> tuple[str, goldens.Fingerprint]:
+            segment, (tap, layer) = item
+            rows = segment.rows_of(tap)
+            values = free.outputs[tap, layer][rows]
+            truth = oracle[tap, layer][rows]
+            if tap in goldens.LAST_ROW_TAPS:
+                truth = truth[-1:]
+            return goldens.bit_hash(tap, _bits(values)), goldens.fingerprint(truth.numpy())
+
+        for (segment, (tap, layer)), (bits, fingerprint) in zip(
+            work, in_order(measured, work), strict=True
+        ):
+            self._check.add_engine_hash(segment.prompt, tap, layer, bits)
+            self._check.add_fingerprint(segment.prompt, tap, layer, fingerprint)
+
+    def add_text(self, prompt_id: str, token_ids: Sequence[int]) -> None:
+        """The oracle's greedy text after a prompt."""
+        if prompt_id in self._comparable:
+            self._check.add_tokens(prompt_id, token_ids)
+
+    def verdict(self) -> GoldenVerdict:
+        """The outcome of everything added so far."""
+        if self._check is None:
+            return self._verdict
+        return self._check.verdict(lambda tap: operation_of(tap).name)
 
 
-def _run(
-    check: GoldenCheck,
-    runner: ModelRunner,
-    oracle: Reference,
-    prompts: Sequence[Prompt],
-    progress: Progress | None,
-) -> None:
-    for done, prompt in enumerate(prompts):
-        if progress is not None:
-            progress(done, len(prompts), f"goldens: {prompt.id}")
-        for (tap, layer), values in capture(runner, prompt).items():
-            check.add_engine(prompt.id, tap, layer, values)
-        trace = oracle.run(prompt.token_ids, [len(prompt.token_ids) - 1])
-        for (tap, layer), values in trace.items():
-            check.add_oracle(prompt.id, tap, layer, values.numpy())
+def _bits(values: Tensor) -> np.ndarray:
+    """A tap's values as capture gives them: bfloat16 as uint16, float32 as it is."""
+    if values.dtype == torch.bfloat16:
+        values = values.contiguous().view(torch.uint16)
+    return values.numpy()

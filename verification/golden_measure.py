@@ -16,7 +16,7 @@ from engine.model_runner import ModelRunner
 from verification import goldens
 from verification.capture import capture_bit_hashes, engine_config_for
 from verification.goldens import GoldenPrompt, fingerprint
-from verification.oracle import Reference
+from verification.oracle import Past, Reference
 from verification.prompts import Prompt
 from verification.provenance import weights_sha256
 from verification.taps import TapKey, all_keys
@@ -65,9 +65,10 @@ def _record(
     oracle: Reference, yardstick: Reference, prompt: Prompt, bits: dict[TapKey, str]
 ) -> GoldenPrompt:
     last = [len(prompt.token_ids) - 1]
-    truth, usual = oracle.run(prompt.token_ids, last), yardstick.run(prompt.token_ids, last)
+    truth, past = oracle.run_and_keep(prompt.token_ids, last)
+    usual = yardstick.run(prompt.token_ids, last)
     keys = list(all_keys(oracle.num_layers))
-    tokens, gaps = greedy(oracle, prompt.token_ids, NUM_TOKENS)
+    tokens, gaps = greedy(oracle, past, NUM_TOKENS)
     return GoldenPrompt(
         prompt_sha256=prompt.sha256,
         tokens=tokens,
@@ -79,10 +80,10 @@ def _record(
 
 
 def greedy(
-    oracle: Reference, token_ids: Sequence[int], num_tokens: int
+    oracle: Reference, past: Past, num_tokens: int
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """The oracle's greedy continuation and each token's lead over the second choice, in logits."""
-    text = oracle.greedy(token_ids, num_tokens)
+    text = oracle.greedy(past, num_tokens)
     best = text.logits.topk(2).values
     return text.token_ids, tuple((best[:, 0] - best[:, 1]).tolist())
 

@@ -11,7 +11,7 @@ Invariant: a set is used only if every file's SHA-256 is the one in its manifest
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,10 +78,6 @@ class GoldenVerdict:
     status: str  # "pass", "fail" or "not run"
     reason: str | None
     details: tuple[str, ...] = ()
-
-    def to_json(self) -> dict:
-        """As a dict of verify.json."""
-        return {"status": self.status, "reason": self.reason, "details": list(self.details)}
 
 
 def fingerprint(values: np.ndarray) -> Fingerprint:
@@ -181,6 +177,7 @@ class GoldenCheck:
     golden: Golden
     num_oracle: int = 0  # taps compared
     num_bits: int = 0
+    num_tokens: int = 0
     oracle_failures: list[str] = field(default_factory=list)
     bit_failures: list[tuple[int, int, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -213,8 +210,12 @@ class GoldenCheck:
 
     def add_oracle(self, prompt_id: str, tap: str, layer: int, values: np.ndarray) -> None:
         """Compares one tap of the live float32 oracle with its recorded fingerprint."""
+        self.add_fingerprint(prompt_id, tap, layer, fingerprint(values))
+
+    def add_fingerprint(self, prompt_id: str, tap: str, layer: int, live: Fingerprint) -> None:
+        """The same for a fingerprint made before."""
         recorded = self.golden.prompts[prompt_id].fingerprints[(tap, layer)]
-        found = distance(fingerprint(values), recorded)
+        found = distance(live, recorded)
         self.num_oracle += 1
         self.worst_distance = max(self.worst_distance, found)
         if not found <= FINGERPRINT_TOLERANCE:
@@ -232,6 +233,25 @@ class GoldenCheck:
         self.num_bits += 1
         if found != self.golden.prompts[prompt_id].bits[(tap, layer)]:
             self.bit_failures.append((self._order[(tap, layer)], self.num_bits, prompt_id))
+
+    def add_tokens(self, prompt_id: str, tokens: Sequence[int]) -> None:
+        """Compares the live oracle's greedy text with the recorded one, up to where they part.
+
+        They may part where the recorded choice led by no more than the oracle's tolerance: from
+        there on the texts are two.
+        """
+        recorded = self.golden.prompts[prompt_id]
+        tie = 2 * FINGERPRINT_TOLERANCE * recorded.fingerprints["logits", 0].rms
+        pairs = zip(tokens, recorded.tokens, strict=False)  # a run may look less far
+        for index, (found, token) in enumerate(pairs):
+            if found != token:
+                if (lead := recorded.gaps[index]) > tie:
+                    self.oracle_failures.append(
+                        f"oracle, prompt {prompt_id}, greedy token {index} is {found}, recorded "
+                        f"was {token} with a lead of {lead:.2g}"
+                    )
+                return
+            self.num_tokens += 1
 
     def verdict(self, operator_of: Callable[[str], str] = str) -> GoldenVerdict:
         """The outcome of everything added so far.
@@ -255,6 +275,7 @@ class GoldenCheck:
                 f"engine: {self.num_bits} taps, bits equal to those recorded for {recorded}",
                 f"oracle: {self.num_oracle} taps within {self.worst_distance:.1e} of the record "
                 f"(allowed {FINGERPRINT_TOLERANCE:.0e})",
+                f"oracle: {self.num_tokens} greedy tokens equal to those recorded",
             ),
         )
 

@@ -21,7 +21,7 @@ from engine.models import model_names
 from engine.sources import shape, smollm2
 from verification.capture import capture, engine_config_for
 from verification.goldens import bit_hash
-from verification.prompts import Prompt, prompts_for, recorded_selection
+from verification.prompts import Prompt, default_selection, prompts_for
 from verification.taps import all_keys
 
 MODELS = tuple(name for name in model_names() if name != shape.NAME)  # every toy, and SmolLM2
@@ -49,7 +49,7 @@ Progress = Callable[[int, int, str], None]  # done, of how many, what
 def recorded_prompts(name: str, directory: Path) -> tuple[Prompt, ...]:
     """The prompts of one model's record: those of its goldens, and a long one for one toy."""
     config = ModelConfig.from_directory(directory)
-    prompts = prompts_for(name, directory, config.vocab_size, recorded_selection(name))
+    prompts = prompts_for(name, directory, config.vocab_size, default_selection(name))
     return (*prompts, LONG_PROMPT) if name == LONG_PROMPT_MODEL else prompts
 
 

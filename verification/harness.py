@@ -21,14 +21,16 @@ from engine.model_runner import ModelRunner
 from engine.ops import Ops
 from verification.engine_runs import GroupPrompt, GroupRun, ModeRun
 from verification.expected import RopeRows
+from verification.golden_check import GoldenRun
+from verification.goldens import GoldenVerdict
 from verification.localise import Findings
 from verification.operators import OperatorGrader
-from verification.oracle import Continuation, Reference, Trace, concatenated
+from verification.oracle import Continuation, Past, Reference, Trace, concatenated
 from verification.passes import PREFILL
 from verification.plan import Options, plan_groups, room_for
 from verification.probes import probe_group, probe_trace
 from verification.provenance import cpu_name, software_versions, weights_sha256
-from verification.results import Goldens, Results
+from verification.results import Results
 from verification.state import StateGrader
 from verification.steps import Runner
 from verification.summary import summarise
@@ -73,6 +75,7 @@ def verify(
     name: str | None = None,
     library: Library | None = None,
     decode_text: Callable[[Sequence[int]], str] | None = None,
+    goldens: GoldenRun | None = None,
 ) -> Results:
     """Verifies the engine on a model.
 
@@ -83,6 +86,7 @@ def verify(
         name: of the model, for the results; the directory's if not given.
         library: by default the one that make builds.
         decode_text: token ids -> text, for the results.
+        goldens: of these prompts, held against the run.
 
     Raises:
         InvalidArgument: no prompts, or one that the model cannot take.
@@ -113,7 +117,7 @@ def verify(
             Reference(model_dir, torch.float32),
             decode_text,
         )
-        return verify_engine(engine, subject, groups, options, work, probes)
+        return verify_engine(engine, subject, groups, options, work, probes, goldens)
 
 
 def verify_engine(
@@ -123,19 +127,25 @@ def verify_engine(
     options: Options,
     work: "_Progress | None" = None,
     probes: Sequence[GroupPrompt] = (),
+    goldens: GoldenRun | None = None,
 ) -> Results:
     """Verifies any engine that speaks Runner.
 
     Args:
         groups: as of plan_groups; the engine has the room of room_for.
         probes: as of probe_group; the engine has room for them too.
+        goldens: of these prompts, held against the run.
     """
     started, clock = datetime.now(UTC), time.monotonic()
     work = work or _Progress(None, groups, engine.runner.config.num_layers)
     everything = [*groups, probes] if probes else groups
     longest = max(p.num_tokens for group in everything for p in group)
     num_blocks = room_for(everything, options).num_blocks
-    run = _Verification(engine, subject, options, work, num_blocks, longest)
+    if goldens is not None:
+        goldens.begin(
+            weights_sha256=subject.weights_sha256, numerics_version=engine.numerics_version
+        )
+    run = _Verification(engine, subject, options, work, num_blocks, longest, goldens)
     run.state.grade_rope_table(engine.rope_table, subject.yardstick)
     if probes:
         run.grade_probes(probes)
@@ -145,7 +155,8 @@ def verify_engine(
     run.whole.finish()
     cells = run.whole.merged([*run.state.cells, *run.operators.cells])
     summary = summarise(cells, run.findings, run.state.not_run)
-    is_pass = bool(cells) and not run.findings.failed
+    found = goldens.verdict() if goldens else GoldenVerdict("not run", "only a part was verified")
+    is_pass = bool(cells) and not run.findings.failed and found.status != "fail"
     work.step("done")
     return Results(
         model={
@@ -169,7 +180,7 @@ def verify_engine(
         residual_growth=run.whole.growth(),
         logits=tuple(run.whole.logits),
         tokens=tuple(run.whole.tokens),
-        goldens=Goldens("not run", "goldens are held against a run by the command"),
+        goldens=found,
         first_failure=run.findings.first(),
         failed_checks=run.findings.count_by_level(),
     )
@@ -186,7 +197,9 @@ class _Verification:
         work: "_Progress",
         num_blocks: int,
         longest: int,
+        goldens: GoldenRun | None,
     ) -> None:
+        self._goldens = goldens
         self._runner = engine.runner
         self._config = config = engine.runner.config
         self._subject = subject
@@ -218,28 +231,39 @@ class _Verification:
         extra = self._options.continuation_tokens
         run = GroupRun(self._runner, group, self._num_blocks, extra)
         self._work.step("transformers, bfloat16")
-        known = _traces(self._subject.yardstick, group)
+        known, usual = _traces(self._subject.yardstick, group)
         self._work.step("engine, known inputs")
         local = run.run(known)
         self.state.grade(run, local)
         self._work.step("engine, running free")
         free = run.run(None)
         self.state.grade(run, free)
-        if self._options.selection.has_grade("tokens"):
-            self._work.step("greedy text")
-            texts, choices = _greedy(run, free, group, self._subject.oracle, extra)
-            self.whole.grade_tokens(group, texts, choices, self._subject.yardstick)
         passes = [*local.passes, *free.passes]
         self.operators.grade(passes, lambda layer: self._work.step(f"graded layer {layer}"))
         del local, passes
         self._work.step("transformers, float32")
-        truth = _traces(self._subject.oracle, group)
+        truth, oracle = _traces(self._subject.oracle, group)
+        if self._options.selection.has_grade("tokens"):
+            self._work.step("greedy text")
+            texts, choices = _greedy(run, free, group, self._subject.oracle, oracle, extra)
+            along = [
+                self._subject.yardstick.along(past, text.token_ids[:-1])
+                for past, text in zip(usual, texts, strict=True)
+            ]
+            self.whole.grade_tokens(group, texts, choices, along)
+            if self._goldens is not None:
+                for prompt, text in zip(group, texts, strict=True):
+                    self._goldens.add_text(prompt.id, text.token_ids)
         self._work.step("grading the whole")
         self.whole.grade(free.passes[0], known, truth)
+        if self._goldens is not None:
+            self._goldens.add_group(free.passes[0], truth)
 
 
-def _traces(reference: Reference, group: Sequence[GroupPrompt]) -> Trace:
-    return concatenated([reference.run(p.token_ids, p.logit_rows) for p in group])
+def _traces(reference: Reference, group: Sequence[GroupPrompt]) -> tuple[Trace, list[Past]]:
+    """The values of the group's rows, and what a text after each prompt needs."""
+    runs = [reference.run_and_keep(p.token_ids, p.logit_rows) for p in group]
+    return concatenated([trace for trace, _ in runs]), [past for _, past in runs]
 
 
 def _rope_rows(rope_table: RopeTable | None, reference: Reference, num_positions: int) -> RopeRows:
@@ -250,7 +274,12 @@ def _rope_rows(rope_table: RopeTable | None, reference: Reference, num_positions
 
 
 def _greedy(
-    run: GroupRun, free: ModeRun, group: Sequence[GroupPrompt], oracle: Reference, count: int
+    run: GroupRun,
+    free: ModeRun,
+    group: Sequence[GroupPrompt],
+    oracle: Reference,
+    pasts: Sequence[Past],
+    count: int,
 ) -> tuple[list[Continuation], list[list[int]]]:
     """The oracle's greedy texts, and the engine's choices along them.
 
@@ -259,7 +288,7 @@ def _greedy(
     """
     last_ids = free.next_ids[PREFILL][np.cumsum([len(p.logit_rows) for p in group]) - 1]
     drafts = run.decode_on(free.tables, last_ids, count)
-    texts = [oracle.greedy(p.token_ids, count, drafts[i]) for i, p in enumerate(group)]
+    texts = [oracle.greedy(past, count, drafts[i]) for i, past in enumerate(pasts)]
     parted = {i: t.token_ids for i, t in enumerate(texts) if list(t.token_ids) != drafts[i]}
     led = run.decode_on(free.tables, last_ids, count, parted)
     return texts, [led.get(i, drafts[i]) for i in range(len(group))]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.llama import modeling_llama
 
 from verification.taps import TapKey, all_keys
@@ -50,6 +50,14 @@ class Continuation:
     logits: Tensor
 
 
+@dataclass(frozen=True)
+class Past:
+    """A sequence that a model has read, and the choice after it. One text only may follow it."""
+
+    cache: DynamicCache
+    logits: Tensor  # [1, vocab_size], of its last token
+
+
 class Reference:
     """One transformers model of a local directory, in one precision."""
 
@@ -74,7 +82,6 @@ class Reference:
             raise OracleError(f"{type(self.model).__name__} is not LlamaForCausalLM")
         self.num_layers = len(self.model.model.layers)
 
-    @torch.inference_mode()
     def run(self, token_ids: Sequence[int], logit_rows: Sequence[int]) -> Trace:
         """One forward pass over a whole sequence.
 
@@ -85,56 +92,72 @@ class Reference:
         Returns:
             Every tap, [len(token_ids), width] in this model's precision, heads flattened.
         """
+        return self.run_and_keep(token_ids, logit_rows)[0]
+
+    @torch.inference_mode()
+    def run_and_keep(
+        self, token_ids: Sequence[int], logit_rows: Sequence[int]
+    ) -> tuple[Trace, Past]:
+        """The same, and what a text after the sequence needs."""
         trace: Trace = {}
         rows = torch.tensor(list(logit_rows), dtype=torch.int64)
         with _tapped(self.model, trace, self.num_layers):
-            ids = torch.tensor([list(token_ids)])
-            hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
+            past, hidden = self._read(token_ids)
             trace["final_norm", 0] = hidden[rows]
             trace["logits", 0] = self.model.lm_head(hidden[rows])
         missing = [key for key in all_keys(self.num_layers) if key not in trace]
         if missing:
             raise OracleError(f"transformers gave no value for tap {missing[0]}")
-        return {key: trace[key] for key in all_keys(self.num_layers)}
+        return {key: trace[key] for key in all_keys(self.num_layers)}, past
 
     @torch.inference_mode()
-    def logits(self, token_ids: Sequence[int], rows: Sequence[int]) -> Tensor:
-        """Logits of some rows of a sequence, [len(rows), vocab_size] in this model's precision."""
-        hidden = self.model.model(input_ids=torch.tensor([list(token_ids)]), use_cache=False)
-        return self.model.lm_head(hidden.last_hidden_state[0][list(rows)])
+    def read(self, token_ids: Sequence[int]) -> Past:
+        """Reads a sequence, at least one token, for a text after it."""
+        return self._read(token_ids)[0]
+
+    def _read(self, token_ids: Sequence[int]) -> tuple[Past, Tensor]:
+        step = self.model.model(input_ids=torch.tensor([list(token_ids)]), use_cache=True)
+        hidden = step.last_hidden_state[0]
+        past = Past(step.past_key_values, self.model.lm_head(hidden[-1:]))
+        return past, hidden
 
     @torch.inference_mode()
-    def greedy(
-        self, token_ids: Sequence[int], num_tokens: int, draft: Sequence[int] = ()
-    ) -> Continuation:
+    def along(self, past: Past, text: Sequence[int]) -> Tensor:
+        """Logits before each token of a text and after its last; uses `past` up.
+
+        Returns:
+            [len(text) + 1, vocab_size] in this model's precision.
+        """
+        if not len(text):
+            return past.logits
+        step = self.model.model(
+            input_ids=torch.tensor([list(text)]), past_key_values=past.cache, use_cache=True
+        )
+        return torch.cat((past.logits, self.model.lm_head(step.last_hidden_state[0])))
+
+    @torch.inference_mode()
+    def greedy(self, past: Past, num_tokens: int, draft: Sequence[int] = ()) -> Continuation:
         """The greedy text after a sequence; a tie goes to the lowest id, nothing ends it early.
 
         Args:
+            past: of the sequence; used up.
             draft: a guess of the text: as much of it as is right is had from one forward pass. It
                 enters no choice, only the time.
         """
-        text: list[int] = []
-        logits: list[Tensor] = []
-        known = list(draft[: num_tokens - 1])
-        cache = None
+        guesses = list(draft[: num_tokens - 1])
+        rows = self.along(past, guesses)
+        choices = rows.argmax(-1).tolist()
+        right = next((i for i, guess in enumerate(guesses) if choices[i] != guess), len(guesses))
+        text, logits = choices[: right + 1], [rows[: right + 1]]
+        if right < len(guesses):  # what was read of a wrong guess is forgotten
+            past.cache.crop(right - len(guesses))
         while len(text) < num_tokens:
-            new = [*token_ids, *text, *known] if cache is None else text[-1:]
             step = self.model.model(
-                input_ids=torch.tensor([new]), past_key_values=cache, use_cache=not known
+                input_ids=torch.tensor([text[-1:]]), past_key_values=past.cache, use_cache=True
             )
-            rows = self.model.lm_head(step.last_hidden_state[0, -1 - len(known) :])
-            for row, guess in zip(rows, [*known, None], strict=True):
-                logits.append(row)
-                text.append(int(row.argmax()))
-                if text[-1] != guess:
-                    break
-            cache = step.past_key_values if not known else None
-            known = []
-        return Continuation(tuple(text), torch.stack(logits))
-
-    def continuation(self, token_ids: Sequence[int], num_tokens: int) -> list[int]:
-        """The token ids of `greedy`."""
-        return list(self.greedy(token_ids, num_tokens).token_ids)
+            logits.append(self.model.lm_head(step.last_hidden_state[0]))
+            text.append(int(logits[-1].argmax()))
+        return Continuation(tuple(text), torch.cat(logits))
 
     def weight(self, name: str) -> Tensor:
         """A weight as loaded; a tied lm_head is the embedding table."""

@@ -153,11 +153,6 @@ def to_prompt(spec: PromptSpec, encode: Encode, vocab_size: int) -> Prompt:
     return Prompt(spec.id, spec.why, tuple(i % vocab_size for i in first), spec.quick)
 
 
-# A run that names no prompts leaves these two out: they are 1023 of 2698 tokens, and len-513 walks
-# the same way. The goldens hold their bits all the same, and `--prompts all` runs them.
-LEFT_TO_ALL = ("len-511", "len-512")
-
-
 def prompts_for(
     model_name: str,
     model_dir: Path,
@@ -169,7 +164,7 @@ def prompts_for(
     """The prompts that one model is verified with.
 
     Args:
-        selection: "all", "standard", "quick", or prompt ids with commas between; ids may be any of
+        selection: "all", "quick", or prompt ids with commas between; ids may be any of
             the file's.
         max_seq_len: where given, the longest prompt that the model may take.
 
@@ -190,12 +185,10 @@ def prompts_for(
 
 
 def select(specs: Iterable[PromptSpec], selection: str) -> tuple[PromptSpec, ...]:
-    """Those specs that a selection ("all", "standard", "quick" or ids) names, in file order."""
+    """Those specs that a selection ("all", "quick" or ids) names, in file order."""
     specs = tuple(specs)
     if selection == "all":
         return specs
-    if selection == "standard":
-        return tuple(spec for spec in specs if spec.id not in LEFT_TO_ALL)
     if selection == "quick":
         return tuple(spec for spec in specs if spec.quick)
     wanted = [word.strip() for word in selection.split(",")]
@@ -203,18 +196,13 @@ def select(specs: Iterable[PromptSpec], selection: str) -> tuple[PromptSpec, ...
     for word in wanted:
         if word not in known:
             raise InvalidArgument(
-                f"no prompt {word!r}; legal: all, standard, quick, or ids of {', '.join(known)}"
+                f"no prompt {word!r}; legal: all, quick, or ids of {', '.join(known)}"
             )
     return tuple(spec for spec in specs if spec.id in wanted)
 
 
 def default_selection(model_name: str) -> str:
-    """The prompts of a run that names none: the short set for toys, else the standard one."""
-    return "quick" if model_name.startswith("toy") else "standard"
-
-
-def recorded_selection(model_name: str) -> str:
-    """The prompts that goldens are made of: the short set for toys, else every one."""
+    """The prompts of a run or a record that names none: the short set for toys, else every one."""
     return "quick" if model_name.startswith("toy") else "all"
 
 

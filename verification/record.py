@@ -30,7 +30,7 @@ from engine.models import cache_root, resolve
 from verification import goldens
 from verification.golden_measure import measure
 from verification.goldens import Golden, GoldenPrompt
-from verification.prompts import prompts_for, prompts_sha256, recorded_selection
+from verification.prompts import default_selection, prompts_for, prompts_sha256
 from verification.report_terminal import ProgressReport
 from verification.taps import TapKey
 
@@ -208,7 +208,7 @@ def record(name: str, options: argparse.Namespace, console: Console) -> Path:
     provenance = _provenance(options)
     directory = resolve(name)
     config = ModelConfig.from_directory(directory)
-    selection = options.prompts or recorded_selection(name)
+    selection = options.prompts or default_selection(name)
     prompts = prompts_for(name, directory, config.vocab_size, selection)
     with ProgressReport(console) as progress:
         facts, measured = measure(directory, prompts, progress)

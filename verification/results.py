@@ -8,6 +8,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from verification.goldens import GoldenVerdict
 from verification.rounding import HISTOGRAM_BINS
 
 SCHEMA = 1
@@ -120,15 +121,6 @@ class ResidualGrowth:
 
 
 @dataclass(frozen=True)
-class Goldens:
-    """Whether this run agrees with what is recorded."""
-
-    status: str
-    reason: str | None
-    details: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Results:
     """One run."""
 
@@ -145,7 +137,7 @@ class Results:
     residual_growth: ResidualGrowth
     logits: tuple[LogitsResult, ...]
     tokens: tuple[PromptTokens, ...]
-    goldens: Goldens
+    goldens: GoldenVerdict
     first_failure: Failure | None
     failed_checks: dict[str, int] = field(default_factory=dict)  # by level, lowest first
     schema: int = field(default=SCHEMA)

@@ -16,7 +16,7 @@ from verification.compare import Verdict, failed
 from verification.composition import LogitErrors, TapErrors, TokenVerdict
 from verification.engine_runs import GroupPrompt
 from verification.localise import Finding, Findings
-from verification.oracle import Continuation, Reference, Trace
+from verification.oracle import Continuation, Trace
 from verification.passes import ACCUMULATED, PREFILL, Pass
 from verification.results import Cell, LogitsResult, PromptTokens, ResidualGrowth, TokenResult
 from verification.selection import Selection
@@ -103,14 +103,15 @@ class WholeModelGrader:
         group: Sequence[GroupPrompt],
         texts: Sequence[Continuation],
         choices: Sequence[Sequence[int]],
-        yardstick: Reference,
+        yardstick: Sequence[Tensor],
     ) -> None:
-        """The engine's greedy choices along the oracle's texts."""
-        for prompt, text, chosen in zip(group, texts, choices, strict=True):
-            ids = [*prompt.token_ids, *text.token_ids[:-1]]
-            rows = range(prompt.num_tokens - 1, len(ids))
-            theirs = yardstick.logits(ids, rows).float()
-            verdicts = composition.judge_tokens(chosen, theirs, text.logits)
+        """The engine's greedy choices along the oracle's texts.
+
+        Args:
+            yardstick: its logits along each text, [tokens, vocab_size].
+        """
+        for prompt, text, chosen, theirs in zip(group, texts, choices, yardstick, strict=True):
+            verdicts = composition.judge_tokens(chosen, theirs.float(), text.logits)
             self._token_verdicts += verdicts
             results = []
             for index, token in enumerate(verdicts):

@@ -102,6 +102,27 @@ float tensor_core_step(float c, const bf16 *a, const bf16 *b) {
     return cut_to_float(sum, largest - FRACTION_BITS);
 }
 
+#if defined(__x86_64__)
+// NO_AVX512 and NO_AVX2 let a test build the narrower routes on a machine that has the widest.
+#define AVX512 "avx512f,avx512dq,avx512bw,avx512vl"
+static int has_avx512(void) {
+#ifdef NO_AVX512
+    return 0;
+#else
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#endif
+}
+
+static int has_avx2(void) {
+#ifdef NO_AVX2
+    return 0;
+#else
+    return __builtin_cpu_supports("avx2");
+#endif
+}
+#endif
+
 // Values and biased exponents, without a branch so that compilers take eight at a time.
 static inline __attribute__((always_inline)) void decode_values(float *value, int32_t *exponent,
                                                                 const bf16 *x, int n) {
@@ -120,11 +141,20 @@ __attribute__((target("avx2"))) static void decode_values_avx2(float *value, int
                                                                const bf16 *x, int n) {
     decode_values(value, exponent, x, n);
 }
+
+__attribute__((target(AVX512))) static void decode_values_avx512(float *value, int32_t *exponent,
+                                                                 const bf16 *x, int n) {
+    decode_values(value, exponent, x, n);
+}
 #endif
 
 void tensor_core_decode(float *value, int32_t *exponent, const bf16 *x, int n) {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx2")) {
+    if (has_avx512()) {
+        decode_values_avx512(value, exponent, x, n);
+        return;
+    }
+    if (has_avx2()) {
         decode_values_avx2(value, exponent, x, n);
         return;
     }
@@ -163,116 +193,45 @@ static float step_lane(float c, const float *a_value, const Panel *panel, int la
     return tensor_core_step(c, a, b);
 }
 
-// Eight lanes in vector registers. GCC and Clang lower these types to what the target has: one AVX2
-// register, or two of SSE2 or NEON. (Sixteen lanes with AVX-512 measured no faster: 5.9 against 6.3 GMAC/s
-// per core on a Zen 4, so one width serves all.)
-enum { LANES = 8 };
-typedef float Floats __attribute__((vector_size(LANES * 4)));
-typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
-typedef uint32_t Words __attribute__((vector_size(LANES * 4)));  // for sums that may wrap
-
 // Without it the vectors would pass between the functions through memory.
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
-
-ALWAYS_INLINE void max_into(Ints *largest, const Ints *x) {
-    Ints greater = *x > *largest;
-    *largest = (*x & greater) | (*largest & ~greater);
-}
-
-// One row of eight outputs; lanes that the fast route cannot serve come back negative in the result.
-ALWAYS_INLINE Ints step_row(float *c_row, const float *a, const int32_t *ea, const Panel *panel,
-                            int first_lane) {
-    const Ints one = (Ints){0} + 1;
-    Floats c;
-    Ints largest;
-    memcpy(&c, c_row, sizeof c);
-    memcpy(&largest, c_row, sizeof largest);
-    largest = (largest >> 23) & 0xff;
-    max_into(&largest, &one);  // denormals and zero count as 1
-    largest += BF16_BIAS;
-    for (int k = 0; k < NUMERICS_STEP; k++) {
-        Ints exponent;
-        memcpy(&exponent, panel->exponent[k] + first_lane, sizeof exponent);
-        exponent += ea[k];
-        max_into(&largest, &exponent);
-    }
-    Ints unserved = (largest - FAST_MIN) | (FAST_MAX - largest);
-    // 2^(25 - e) as a bit pattern; e = largest - 2 * bias.
-    Ints scale_bits = (3 * BF16_BIAS + FRACTION_BITS - largest) << 23;
-    Floats scale;
-    memcpy(&scale, &scale_bits, sizeof scale);
-    Ints sum = {0};
-    for (int k = 0; k < NUMERICS_STEP; k++) {
-        Floats b;
-        memcpy(&b, panel->value[k] + first_lane, sizeof b);
-        sum += __builtin_convertvector(a[k] * b * scale, Ints);  // exact product and scaling, then the cut
-    }
-    // Sixteen products stay below 2^31; with c the sum can pass it by a hair, and then takes the long way.
-    Ints cut_c = __builtin_convertvector(c * scale, Ints);
-    Ints total = (Ints)((Words)sum + (Words)cut_c);
-    unserved |= (sum ^ total) & (cut_c ^ total);
-    // Cut to 24 significant bits: clear as many low bits as the magnitude has above its 24th.
-    Ints sign = total >> 31;
-    Ints magnitude = (total ^ sign) - sign;
-    Ints excess = magnitude >> 24;
-    excess |= excess >> 1;
-    excess |= excess >> 2;
-    excess |= excess >> 4;
-    magnitude &= ~excess;
-    Ints result_scale_bits = (largest - (BF16_BIAS + FRACTION_BITS)) << 23;  // 2^(e - 25)
-    Floats result_scale;
-    memcpy(&result_scale, &result_scale_bits, sizeof result_scale);
-    Floats d = __builtin_convertvector((magnitude ^ sign) - sign, Floats) * result_scale;
-    memcpy(c_row, &d, sizeof d);
-    return unserved;
-}
 
 // Rows are taken in blocks, so that one look tells whether any lane of the block must go the long way.
 enum { BLOCK_ROWS = 8 };
 
-ALWAYS_INLINE void step_rows(float *c, int c_stride, const float *a_value, const int32_t *a_exponent,
-                             int a_stride, int num_rows, const Panel *panel) {
-    for (int first = 0; first < num_rows; first += BLOCK_ROWS) {
-        int block_rows = num_rows - first < BLOCK_ROWS ? num_rows - first : BLOCK_ROWS;
-        float old[BLOCK_ROWS][PANEL_LANES];
-        int32_t unserved[BLOCK_ROWS][PANEL_LANES];
-        int32_t any = 0;
-        for (int i = 0; i < block_rows; i++) {
-            float *c_row = c + (size_t)(first + i) * c_stride;
-            const float *a = a_value + (size_t)(first + i) * a_stride;
-            const int32_t *ea = a_exponent + (size_t)(first + i) * a_stride;
-            memcpy(old[i], c_row, sizeof old[i]);
-            for (int lane = 0; lane < PANEL_LANES; lane += LANES) {
-                Ints mask = step_row(c_row + lane, a, ea, panel, lane);
-                memcpy(unserved[i] + lane, &mask, sizeof mask);
-            }
-        }
-        for (int i = 0; i < block_rows; i++)
-            for (int lane = 0; lane < PANEL_LANES; lane++) any |= unserved[i][lane];
-        if (__builtin_expect(any >= 0, 1)) continue;
-        for (int i = 0; i < block_rows; i++)
-            for (int lane = 0; lane < PANEL_LANES; lane++)
-                if (unserved[i][lane] < 0)
-                    c[(size_t)(first + i) * c_stride + lane] =
-                        step_lane(old[i][lane], a_value + (size_t)(first + i) * a_stride, panel, lane);
-    }
-}
+#define LANES 8
+#include "tensor_core_lanes.h"
+#undef LANES
 
 #if defined(__x86_64__)
 __attribute__((target("avx2"))) static void step_rows_avx2(float *c, int c_stride, const float *a_value,
                                                            const int32_t *a_exponent, int a_stride,
                                                            int num_rows, const Panel *panel) {
-    step_rows(c, c_stride, a_value, a_exponent, a_stride, num_rows, panel);
+    step_rows_8(c, c_stride, a_value, a_exponent, a_stride, num_rows, panel);
+}
+
+#define LANES 16
+#include "tensor_core_lanes.h"
+#undef LANES
+
+__attribute__((target(AVX512))) static void step_rows_avx512(float *c, int c_stride, const float *a_value,
+                                                             const int32_t *a_exponent, int a_stride,
+                                                             int num_rows, const Panel *panel) {
+    step_rows_16(c, c_stride, a_value, a_exponent, a_stride, num_rows, panel);
 }
 #endif
 
 void tensor_core_step_rows(float *c, int c_stride, const float *a_value, const int32_t *a_exponent,
                            int a_stride, int num_rows, const Panel *panel) {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx2")) {
+    if (has_avx512()) {
+        step_rows_avx512(c, c_stride, a_value, a_exponent, a_stride, num_rows, panel);
+        return;
+    }
+    if (has_avx2()) {
         step_rows_avx2(c, c_stride, a_value, a_exponent, a_stride, num_rows, panel);
         return;
     }
 #endif
-    step_rows(c, c_stride, a_value, a_exponent, a_stride, num_rows, panel);
+    step_rows_8(c, c_stride, a_value, a_exponent, a_stride, num_rows, panel);
 }

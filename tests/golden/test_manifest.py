@@ -11,7 +11,7 @@ from engine.models import resolve
 from verification import goldens, record
 from verification.capture import capture_bit_hashes, engine_config_for
 from verification.oracle import Reference
-from verification.prompts import prompts_for, recorded_selection
+from verification.prompts import default_selection, prompts_for
 from verification.provenance import weights_sha256
 from verification.taps import all_keys, operation_of
 
@@ -26,7 +26,7 @@ def recorded(name: str) -> goldens.Golden:
 def prompts_of(name: str) -> tuple:
     directory = resolve(name)
     config = ModelConfig.from_directory(directory)
-    return prompts_for(name, directory, config.vocab_size, recorded_selection(name))
+    return prompts_for(name, directory, config.vocab_size, default_selection(name))
 
 
 @pytest.mark.parametrize("name", record.IN_GIT)

@@ -51,7 +51,28 @@ def test_one_token_far_off_fails_though_the_rest_is_right():
     assert "token" in verdict.reason
 
 
-def test_few_tokens_are_judged_one_by_one():
+def massive(engine_luck: float, yardstick_luck: float) -> composition.TapErrors:
+    """Two tokens have one direction of error each; in the second, luck scales it."""
+    oracle, direction = noise(0, ROWS, WIDTH), noise(3, WIDTH)
+
+    def off(seed: int, luck: float) -> torch.Tensor:
+        error = 0.005 * noise(seed, ROWS, WIDTH)
+        error[4] += 0.03 * direction
+        error[9] += 0.03 * luck * direction
+        return (oracle + error).bfloat16()
+
+    return tap_errors(off(2, engine_luck), off(1, yardstick_luck), oracle)
+
+
+def test_a_token_in_which_the_yardstick_was_lucky_is_no_fault_of_the_engine():
+    errors = massive(engine_luck=1.5, yardstick_luck=0.0)
+
+    assert float(errors.engine[9] / errors.yardstick[9]) > 6
+    assert judge_tap(errors)[0].passed
+    assert not judge_tap(massive(engine_luck=10.0, yardstick_luck=0.0))[0].passed
+
+
+def test_few_tokens_are_judged_by_the_worst():
     assert judge_tap(tap(0.04, rows=2))[0].passed
     assert not judge_tap(tap(0.04, rows=composition.MIN_TOKENS))[0].passed
     assert not judge_tap(tap(0.1, rows=2))[0].passed

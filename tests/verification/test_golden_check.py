@@ -3,13 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import ModelConfig
 from engine.models import resolve
 from verification import golden_check, record
-from verification.golden_check import check_goldens
+from verification.golden_check import GoldenRun
 from verification.golden_measure import measure
+from verification.goldens import GoldenVerdict
+from verification.harness import verify
+from verification.plan import Options
 from verification.prompts import Prompt
-from verification.provenance import weights_sha256
 
 PROMPTS = [Prompt("a", "for this test", (7, 8, 9)), Prompt("b", "for this test", tuple(range(40)))]
 
@@ -24,11 +25,6 @@ def toy() -> Path:
 
 
 @pytest.fixture(scope="module")
-def weights(toy: Path) -> str:
-    return weights_sha256(toy, ModelConfig.from_directory(toy))
-
-
-@pytest.fixture(scope="module")
 def measured(toy: Path) -> tuple:
     return measure(toy, PROMPTS, silent)
 
@@ -40,58 +36,82 @@ def root(tmp_path: Path, measured: tuple) -> Path:
     return tmp_path
 
 
-def test_a_model_agrees_with_its_own_record(root: Path, toy: Path, weights: str):
-    verdict = check_goldens("toy", toy, PROMPTS, weights, roots=[root])
-
-    assert verdict.status == "pass"
-    assert verdict.details[0].startswith("engine: 66 taps, bits equal")
-    assert verdict.details[1].startswith("oracle: 66 taps within ")
-
-
-def test_without_a_record_it_is_not_run_and_says_so(tmp_path: Path, toy: Path, weights: str):
-    verdict = check_goldens("toy", toy, PROMPTS, weights, roots=[tmp_path])
-
-    assert (verdict.status, verdict.reason) == ("not run", "no goldens are recorded for toy")
+def verdict(toy: Path, root: Path, prompts: list[Prompt] = PROMPTS) -> GoldenVerdict:
+    """Of a verification of the toy beside the record under `root`."""
+    ids = [(p.id, p.token_ids) for p in prompts]
+    goldens = GoldenRun("toy", prompts, [root])
+    return verify(toy, ids, Options(continuation_tokens=2), name="toy", goldens=goldens).goldens
 
 
-def test_a_damaged_record_fails_by_name(root: Path, toy: Path, weights: str):
+def test_a_model_agrees_with_its_own_record(root: Path, toy: Path):
+    found = verdict(toy, root)
+
+    assert found.status == "pass"
+    assert found.details[0].startswith("engine: 66 taps, bits equal")
+    assert found.details[1].startswith("oracle: 66 taps within ")
+    assert found.details[2] == "oracle: 4 greedy tokens equal to those recorded"
+
+
+def test_without_a_record_it_is_not_run_and_says_so(tmp_path: Path):
+    found = GoldenRun("toy", PROMPTS, [tmp_path]).verdict()
+
+    assert (found.status, found.reason) == ("not run", "no goldens are recorded for toy")
+
+
+def test_a_record_that_nothing_was_held_against_is_not_run(root: Path):
+    assert GoldenRun("toy", PROMPTS, [root]).verdict().status == "not run"
+
+
+def test_a_damaged_record_fails_by_name(root: Path):
     (root / "toy" / "tokens.json").write_text("{}")
 
-    verdict = check_goldens("toy", toy, PROMPTS, weights, roots=[root])
+    found = GoldenRun("toy", PROMPTS, [root]).verdict()
 
-    assert verdict.status == "fail"
-    assert "tokens.json is not the file that was recorded" in verdict.reason
+    assert found.status == "fail"
+    assert "tokens.json is not the file that was recorded" in found.reason
 
 
-def test_other_weights_fail_before_anything_is_compared(root: Path, toy: Path):
-    verdict = check_goldens("toy", toy, PROMPTS, "f" * 64, roots=[root])
+def test_other_weights_fail_before_anything_is_compared(root: Path):
+    run = GoldenRun("toy", PROMPTS, [root])
+    run.begin(weights_sha256="f" * 64)
+    run.add_text("a", [1, 2, 3])
 
-    assert verdict.status == "fail"
-    assert "weights_sha256 is ffffffffffff, recorded was" in verdict.reason
-    assert verdict.details == ()
+    assert run.verdict().status == "fail"
+    assert "weights_sha256 is ffffffffffff, recorded was" in run.verdict().reason
+    assert run.verdict().details == ()
 
 
 def test_an_engine_that_changed_fails_by_tap_layer_operator_and_prompt(
-    root: Path, toy: Path, weights: str, measured: tuple
+    root: Path, toy: Path, measured: tuple
 ):
     facts, prompts = measured
     bits = {**prompts["b"].bits, ("act", 1): "0" * 64, ("down", 1): "0" * 64}
     changed = {**prompts, "b": replace(prompts["b"], bits=bits)}
     record.write(root / "toy", {"model": "toy", **facts}, changed)
 
-    verdict = check_goldens("toy", toy, PROMPTS, weights, roots=[root])
+    found = verdict(toy, root)
 
-    assert verdict.status == "fail"
-    assert "first at layer 1, act (silu_and_mul), prompt b; 2 of 66 taps" in verdict.reason
+    assert found.status == "fail"
+    assert "first at layer 1, act (silu_and_mul), prompt b; 2 of 66 taps" in found.reason
 
 
-def test_a_prompt_that_was_not_recorded_fails(root: Path, toy: Path, weights: str):
+def test_a_failed_record_fails_a_verification_that_passes_otherwise(root: Path, toy: Path):
+    (root / "toy" / "tokens.json").write_text("{}")
+    goldens = GoldenRun("toy", PROMPTS[:1], [root])
+
+    results = verify(toy, [("a", PROMPTS[0].token_ids)], name="toy", goldens=goldens)
+
+    assert results.first_failure is None
+    assert results.verdict == "fail"
+
+
+def test_a_prompt_that_was_not_recorded_fails(root: Path):
     new = Prompt("c", "for this test", (1,))
 
-    verdict = check_goldens("toy", toy, [*PROMPTS, new], weights, roots=[root])
+    found = GoldenRun("toy", [*PROMPTS, new], [root]).verdict()
 
-    assert verdict.status == "fail"
-    assert "prompt c was never recorded" in verdict.reason
+    assert found.status == "fail"
+    assert "prompt c was never recorded" in found.reason
 
 
 def test_the_record_in_git_comes_before_the_one_in_the_cache():

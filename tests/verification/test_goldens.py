@@ -130,6 +130,24 @@ def test_the_first_differing_tap_is_the_first_of_the_forward_pass_not_of_the_cal
     assert "2 of 3 taps differ" in check.verdict().reason
 
 
+@pytest.mark.parametrize(
+    ("tokens", "status", "equal"),
+    [
+        ((3, 1), "pass", 2),
+        ((3,), "pass", 1),
+        ((3, 9), "pass", 1),  # the recorded choice led by less than the tolerance: a tie
+        ((9, 1), "fail", 0),  # it led by far more
+    ],
+)
+def test_greedy_texts_part_only_at_a_tie(directory: Path, tokens, status: str, equal: int):
+    check = GoldenCheck(goldens.load(directory))
+    check.add_engine("a", "q", 0, engine_bits(oracle_values(0))["q", 0])
+    check.add_tokens("a", tokens)
+
+    assert check.verdict().status == status
+    assert check.num_tokens == equal
+
+
 def test_only_the_last_row_of_the_logits_counts():
     values = np.arange(12, dtype=np.float32).reshape(3, 4)
 

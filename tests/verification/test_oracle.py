@@ -72,8 +72,10 @@ def test_logits_are_those_of_the_whole_model(float32):
     with torch.inference_mode():
         expected = float32.model(input_ids=torch.tensor([TOKENS])).logits[0]
 
+    along = float32.along(float32.read(TOKENS[:1]), TOKENS[1:])[rows]
+
     assert torch.equal(float32.run(TOKENS, range(5))["logits", 0], expected)
-    assert torch.allclose(float32.logits(TOKENS, rows), expected[rows], atol=1e-5)
+    assert torch.allclose(along, expected[rows], atol=1e-5)
 
 
 def test_a_greedy_text_is_the_one_that_generate_gives(float32):
@@ -81,7 +83,7 @@ def test_a_greedy_text_is_the_one_that_generate_gives(float32):
         generated = float32.model.generate(
             torch.tensor([TOKENS]), max_new_tokens=6, min_new_tokens=6, do_sample=False
         )[0, len(TOKENS) :]
-    greedy = float32.greedy(TOKENS, 6)
+    greedy = float32.greedy(float32.read(TOKENS), 6)
 
     assert float32.model.generation_config.eos_token_id not in greedy.token_ids
     assert list(greedy.token_ids) == generated.tolist()
@@ -91,12 +93,25 @@ def test_a_greedy_text_is_the_one_that_generate_gives(float32):
 
 @pytest.mark.parametrize("right", [0, 1, 3, 5, 6, 9])
 def test_a_draft_enters_no_choice(float32, right):
-    plain = float32.greedy(TOKENS, 6)
+    plain = float32.greedy(float32.read(TOKENS), 6)
     draft = [*plain.token_ids[:right], *[(t + 1) % 320 for t in plain.token_ids[right:]], 5, 5, 5]
-    drafted = float32.greedy(TOKENS, 6, draft)
+    drafted = float32.greedy(float32.read(TOKENS), 6, draft)
 
     assert drafted.token_ids == plain.token_ids
     assert torch.allclose(drafted.logits, plain.logits, atol=1e-4)
+
+
+def test_a_traced_run_leaves_the_same_past_as_an_untraced_one(float32):
+    _, traced = float32.run_and_keep(TOKENS, [4])
+    untraced = float32.read(TOKENS)
+
+    assert torch.equal(float32.along(traced, [1, 2]), float32.along(untraced, [1, 2]))
+
+
+def test_along_an_empty_text_there_is_the_choice_after_the_sequence_alone(float32):
+    past = float32.read(TOKENS)
+
+    assert torch.equal(float32.along(past, []), past.logits)
 
 
 def test_hooks_are_gone_after_a_run_and_after_a_failure(yardstick):

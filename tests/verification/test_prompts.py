@@ -111,7 +111,7 @@ def test_a_bad_line_is_refused_by_number_and_field(tmp_path: Path, line, named: 
 
 
 def test_an_unknown_prompt_is_refused_with_the_legal_ids():
-    with pytest.raises(InvalidArgument, match="'nonsense'; legal: all, standard, quick.*len-17"):
+    with pytest.raises(InvalidArgument, match="'nonsense'; legal: all, quick.*len-17"):
         select(load_specs(), "len-1,nonsense")
 
 
@@ -128,9 +128,6 @@ def test_the_prompt_file_ends_in_one_newline_and_is_utf_8():
     assert not text.endswith("\n\n")
 
 
-def test_the_standard_selection_is_all_but_the_two_longest_walks(tmp_path: Path) -> None:
-    everything = prompts_for("smollm2-135m", tmp_path, 49152, "all")
-    standard = prompts_for("smollm2-135m", tmp_path, 49152, default_selection("smollm2-135m"))
-
-    left_out = {p.id for p in everything} - {p.id for p in standard}
-    assert left_out == {"len-511", "len-512"}
+def test_a_run_that_names_no_prompts_takes_all_but_of_a_toy_the_short_set():
+    assert default_selection("smollm2-135m") == "all"
+    assert default_selection("toy-gqa3") == "quick"

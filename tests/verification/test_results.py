@@ -1,9 +1,9 @@
 import json
 import math
 
+from verification.goldens import GoldenVerdict
 from verification.results import (
     Cell,
-    Goldens,
     PromptTokens,
     ResidualGrowth,
     Results,
@@ -26,7 +26,7 @@ def results(**fields: object) -> Results:
         "residual_growth": ResidualGrowth(),
         "logits": (),
         "tokens": (),
-        "goldens": Goldens("not run", "none"),
+        "goldens": GoldenVerdict("not run", "none"),
         "first_failure": None,
     }
     return Results(**(empty | fields))

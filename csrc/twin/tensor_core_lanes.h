@@ -1,0 +1,108 @@
+// tensor_core_lanes.h -- one step of many rows, LANES outputs of each at a time.
+//
+// Included by tensor_core.c once per vector width, with LANES defined; each name here carries the width.
+// GCC and Clang lower the types to what the target has: 8 lanes are one AVX2 register, or two of SSE2 or
+// NEON; 16 are one of AVX-512.
+
+#define JOINED_(name, lanes) name##_##lanes
+#define JOINED(name, lanes) JOINED_(name, lanes)
+#define Floats JOINED(Floats, LANES)
+#define Ints JOINED(Ints, LANES)
+#define Words JOINED(Words, LANES)
+#define max_into JOINED(max_into, LANES)
+#define step_row JOINED(step_row, LANES)
+#define step_rows JOINED(step_rows, LANES)
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));  // for sums that may wrap
+
+ALWAYS_INLINE void max_into(Ints *largest, const Ints *x) {
+    Ints greater = *x > *largest;
+    *largest = (*x & greater) | (*largest & ~greater);
+}
+
+// One row of LANES outputs; lanes that the fast route cannot serve come back negative in the result.
+ALWAYS_INLINE Ints step_row(float *c_row, const float *a, const int32_t *ea, const Panel *panel,
+                            int first_lane) {
+    const Ints one = (Ints){0} + 1;
+    Floats c;
+    Ints largest;
+    memcpy(&c, c_row, sizeof c);
+    memcpy(&largest, c_row, sizeof largest);
+    largest = (largest >> 23) & 0xff;
+    max_into(&largest, &one);  // denormals and zero count as 1
+    largest += BF16_BIAS;
+    for (int k = 0; k < NUMERICS_STEP; k++) {
+        Ints exponent;
+        memcpy(&exponent, panel->exponent[k] + first_lane, sizeof exponent);
+        exponent += ea[k];
+        max_into(&largest, &exponent);
+    }
+    Ints unserved = (largest - FAST_MIN) | (FAST_MAX - largest);
+    // 2^(25 - e) as a bit pattern; e = largest - 2 * bias.
+    Ints scale_bits = (3 * BF16_BIAS + FRACTION_BITS - largest) << 23;
+    Floats scale;
+    memcpy(&scale, &scale_bits, sizeof scale);
+    Ints sum = {0};
+    for (int k = 0; k < NUMERICS_STEP; k++) {
+        Floats b;
+        memcpy(&b, panel->value[k] + first_lane, sizeof b);
+        sum += __builtin_convertvector(a[k] * b * scale, Ints);  // exact product and scaling, then the cut
+    }
+    // Sixteen products stay below 2^31; with c the sum can pass it by a hair, and then takes the long way.
+    Ints cut_c = __builtin_convertvector(c * scale, Ints);
+    Ints total = (Ints)((Words)sum + (Words)cut_c);
+    unserved |= (sum ^ total) & (cut_c ^ total);
+    // Cut to 24 significant bits: clear as many low bits as the magnitude has above its 24th.
+    Ints sign = total >> 31;
+    Ints magnitude = (total ^ sign) - sign;
+    Ints excess = magnitude >> 24;
+    excess |= excess >> 1;
+    excess |= excess >> 2;
+    excess |= excess >> 4;
+    magnitude &= ~excess;
+    Ints result_scale_bits = (largest - (BF16_BIAS + FRACTION_BITS)) << 23;  // 2^(e - 25)
+    Floats result_scale;
+    memcpy(&result_scale, &result_scale_bits, sizeof result_scale);
+    Floats d = __builtin_convertvector((magnitude ^ sign) - sign, Floats) * result_scale;
+    memcpy(c_row, &d, sizeof d);
+    return unserved;
+}
+
+ALWAYS_INLINE void step_rows(float *c, int c_stride, const float *a_value, const int32_t *a_exponent,
+                             int a_stride, int num_rows, const Panel *panel) {
+    for (int first = 0; first < num_rows; first += BLOCK_ROWS) {
+        int block_rows = num_rows - first < BLOCK_ROWS ? num_rows - first : BLOCK_ROWS;
+        float old[BLOCK_ROWS][PANEL_LANES];
+        int32_t unserved[BLOCK_ROWS][PANEL_LANES];
+        int32_t any = 0;
+        for (int i = 0; i < block_rows; i++) {
+            float *c_row = c + (size_t)(first + i) * c_stride;
+            const float *a = a_value + (size_t)(first + i) * a_stride;
+            const int32_t *ea = a_exponent + (size_t)(first + i) * a_stride;
+            memcpy(old[i], c_row, sizeof old[i]);
+            for (int lane = 0; lane < PANEL_LANES; lane += LANES) {
+                Ints mask = step_row(c_row + lane, a, ea, panel, lane);
+                memcpy(unserved[i] + lane, &mask, sizeof mask);
+            }
+        }
+        for (int i = 0; i < block_rows; i++)
+            for (int lane = 0; lane < PANEL_LANES; lane++) any |= unserved[i][lane];
+        if (__builtin_expect(any >= 0, 1)) continue;
+        for (int i = 0; i < block_rows; i++)
+            for (int lane = 0; lane < PANEL_LANES; lane++)
+                if (unserved[i][lane] < 0)
+                    c[(size_t)(first + i) * c_stride + lane] =
+                        step_lane(old[i][lane], a_value + (size_t)(first + i) * a_stride, panel, lane);
+    }
+}
+
+#undef JOINED_
+#undef JOINED
+#undef Floats
+#undef Ints
+#undef Words
+#undef max_into
+#undef step_row
+#undef step_rows

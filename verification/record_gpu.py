@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -135,7 +136,8 @@ def result_of(part: str, source: str) -> dict:
     found = _read(path, source)
     if found is None:
         print(f"  {part}: {' '.join(command[1:])}", flush=True)
-        subprocess.run(command, cwd=ROOT, check=False)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        print(done.stdout + done.stderr, end="", flush=True)
         found = _read(path, source)
     if found is None:
         return {"status": "not run", "reason": f"{path.name} was not made for this source"}
@@ -213,11 +215,20 @@ def record(directory: Path, left_out: Sequence[str]) -> dict:
         "card": card_facts(),
         "software": {"toolkit": toolkit_version(), **software_versions()},
     }
-    facts["bits"], bits = record_bits()
     without = {"status": "not run", "reason": "left out on the command line"}
-    facts["kernel_tests"] = without if "kernel_tests" in left_out else run_kernel_tests()
-    for part in RESULTS:
-        facts[part] = without if part in left_out else result_of(part, source)
+
+    def unless_left_out(part: str, run: Callable[[], dict]) -> dict:
+        return without if part in left_out else run()
+
+    with ThreadPoolExecutor(1) as aside:  # sanitizers take long and disturb no bit
+        sanitizers = aside.submit(
+            unless_left_out, "sanitizers", lambda: result_of("sanitizers", source)
+        )
+        facts["bits"], bits = record_bits()
+        facts["kernel_tests"] = unless_left_out("kernel_tests", run_kernel_tests)
+        facts["sanitizers"] = sanitizers.result()
+    # Alone on the machine: they are timed.
+    facts["benchmarks"] = unless_left_out("benchmarks", lambda: result_of("benchmarks", source))
     if gpu_source_stamp() != source:
         raise EngineError("csrc/ changed while the record was made: nothing was written")
     write(directory, facts, bits)

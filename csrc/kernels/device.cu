@@ -56,7 +56,7 @@ extern "C" Status cuda_alloc(void **memory, size_t bytes, Stream stream) {
         return fail(STATUS_OUT_OF_MEMORY, "%zu bytes of device memory asked, %zu of %zu free", bytes,
                     free_bytes, total_bytes);
     }
-    return CUDA_STATUS(error);
+    return cuda_status(error, __FILE__, __LINE__, "cudaMalloc");
 }
 
 extern "C" void cuda_free(void *memory, Stream stream) {

@@ -213,10 +213,20 @@ static Status check_taps(const Engine *e, const EngineTap *taps, int num_taps) {
     return STATUS_OK;
 }
 
-Status check_usable(const Engine *e) {
+Status check_alive(const Engine *e) {
     if (!e) return fail(STATUS_INVALID_ARGUMENT, "engine is null");
     if (e->is_dead)
         return fail(STATUS_DEVICE_ERROR, "the device failed in an earlier call: this engine is dead");
+    return STATUS_OK;
+}
+
+Status outcome(Engine *e, Status status) {
+    if (status == STATUS_DEVICE_ERROR) e->is_dead = 1;
+    return status;
+}
+
+Status check_usable(const Engine *e) {
+    TRY(check_alive(e));
     if (!e->is_ready)
         return fail(STATUS_INVALID_ARGUMENT, "engine_finish_loading was not called, or failed");
     return STATUS_OK;
@@ -234,6 +244,5 @@ Status engine_forward(Engine *e, const EngineBatch *batch, const EngineTap *taps
     Status status = index_of_batch(e, batch, &index);
     if (status == STATUS_OK)
         status = model_forward(&e->model, &index, &set, batch->sampling, batch->logits, batch->next_ids);
-    if (status == STATUS_DEVICE_ERROR) e->is_dead = 1;
-    return status;
+    return outcome(e, status);
 }

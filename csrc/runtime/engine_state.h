@@ -20,6 +20,7 @@ struct Engine {
     uint8_t *is_edited;          // sampling_check's scratch, [vocab_size]
     int32_t *greedy_arrays;      // [4, max_num_seqs]: input_ids, positions, slots, lengths of a later step
     DecodeLayer *decode_layers;  // [num_layers], what the fused step is given
+    void *decode_workspace;      // and its own memory; both null where there is no such step
     bf16 *kv_pool;               // [num_layers, num_blocks, num_kv_heads, 2, block_size, head_dim]
     void *allocations[64];       // of the backend, beside the weights
     int num_allocations;
@@ -36,7 +37,10 @@ enum { GREEDY_STEPS = 64 };  // steps of engine_decode between two looks at the 
 Status allocate(Engine *engine, void *pointer_to_pointer, size_t bytes, int64_t *account);
 // The step's index arrays in the backend's memory (engine.c).
 Status index_of_batch(Engine *engine, const EngineBatch *batch, BatchIndex *index);
-// A loaded, living engine, or why not (engine.c).
+// A living engine; a loaded, living engine; or why not (engine.c).
+Status check_alive(const Engine *engine);
 Status check_usable(const Engine *engine);
+// Passes on what the backend said; a device error ends the engine (engine.c).
+Status outcome(Engine *engine, Status status);
 // Sets up the backend's fused step, where it has one for this model (greedy.c).
 Status prepare_decode(Engine *engine);

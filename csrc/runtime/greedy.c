@@ -35,9 +35,11 @@ Status prepare_decode(Engine *e) {
     };
     size_t bytes = m->kernels->decode_workspace_bytes(&problem);
     if (bytes == 0) return STATUS_OK;
-    TRY(allocate(e, &problem.workspace, bytes, &e->workspace_bytes));
+    // Once, though a call that failed is repeated.
+    if (!e->decode_workspace) TRY(allocate(e, &e->decode_workspace, bytes, &e->workspace_bytes));
+    if (!e->decode_layers) e->decode_layers = calloc((size_t)c->num_layers, sizeof *e->decode_layers);
+    problem.workspace = e->decode_workspace;
     void *zeros = calloc(1, bytes);
-    e->decode_layers = calloc((size_t)c->num_layers, sizeof *e->decode_layers);
     if (!zeros || !e->decode_layers) {
         free(zeros);
         return fail(STATUS_OUT_OF_MEMORY, "%zu bytes of host memory", bytes);
@@ -126,6 +128,5 @@ Status engine_decode(Engine *e, const EngineBatch *batch, int32_t num_steps, int
         status = decode_applies(&e->model, &index)
                      ? decode_fused(e, &index, num_steps, batch->logits, next_ids)
                      : decode_one_by_one(e, batch, num_steps, next_ids);
-    if (status == STATUS_DEVICE_ERROR) e->is_dead = 1;
-    return status;
+    return outcome(e, status);
 }

@@ -14,6 +14,7 @@ Status engine_tap_shape(Engine *e, int32_t point, int32_t *width, int32_t *value
 
 Status engine_read_kv(Engine *e, int32_t layer, const int32_t *slots, int32_t num_slots, void *k, void *v) {
     if (!e || !slots || !k || !v) return fail(STATUS_INVALID_ARGUMENT, "engine, slots, k or v is null");
+    TRY(check_alive(e));
     if (layer < 0 || layer >= e->model.config.num_layers)
         return fail(STATUS_INVALID_ARGUMENT, "layer is %d, must be 0 .. %d", layer,
                     e->model.config.num_layers - 1);
@@ -24,11 +25,14 @@ Status engine_read_kv(Engine *e, int32_t layer, const int32_t *slots, int32_t nu
         if (slots[i] < 0 || slots[i] >= all_slots)
             return fail(STATUS_INVALID_ARGUMENT, "slots[%d] is %d, must be 0 .. %d", i, slots[i],
                         all_slots - 1);
-    return e->model.kernels->read_kv_cache(k, v, &e->model.cache[layer], slots, num_slots, e->model.stream);
+    const Kernels *kernels = e->model.kernels;
+    return outcome(e,
+                   kernels->read_kv_cache(k, v, &e->model.cache[layer], slots, num_slots, e->model.stream));
 }
 
 Status engine_fill_blocks(Engine *e, const int32_t *block_ids, int32_t num_block_ids, uint16_t value) {
     if (!e || !block_ids) return fail(STATUS_INVALID_ARGUMENT, "engine or block_ids is null");
+    TRY(check_alive(e));
     if (num_block_ids < 0)
         return fail(STATUS_INVALID_ARGUMENT, "num_block_ids is %d, must be at least 0", num_block_ids);
     for (int i = 0; i < num_block_ids; i++)
@@ -37,8 +41,9 @@ Status engine_fill_blocks(Engine *e, const int32_t *block_ids, int32_t num_block
                         e->options.num_blocks - 1);
     for (int i = 0; i < num_block_ids; i++)
         for (int layer = 0; layer < e->model.config.num_layers; layer++)
-            TRY(e->model.kernels->fill_block(&e->model.cache[layer], block_ids[i], value, e->model.stream));
-    return e->model.kernels->synchronize(e->model.stream);
+            TRY(outcome(e, e->model.kernels->fill_block(&e->model.cache[layer], block_ids[i], value,
+                                                        e->model.stream)));
+    return outcome(e, e->model.kernels->synchronize(e->model.stream));
 }
 
 Status engine_free_memory(Engine *e, int64_t *bytes) {

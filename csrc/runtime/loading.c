@@ -5,6 +5,7 @@
 
 static Status find_slot(Engine *e, const char *name, int64_t rows, int64_t cols, WeightSlot **found) {
     if (!e || !name) return fail(STATUS_INVALID_ARGUMENT, "engine or name is null");
+    TRY(check_alive(e));
     for (int i = 0; i < e->num_slots; i++) {
         WeightSlot *slot = &e->slots[i];
         if (strcmp(slot->name, name)) continue;
@@ -28,10 +29,10 @@ Status engine_load_weight(Engine *e, const char *name, const void *data, int64_t
     *num_not_finite = 0;
     for (int64_t i = 0; i < rows * cols; i++) *num_not_finite += (values[i] & 0x7f80) == 0x7f80;
     if (slot->matrix)
-        TRY(k->pack_weight(slot->matrix, data, e->model.stream));
+        TRY(outcome(e, k->pack_weight(slot->matrix, data, e->model.stream)));
     else
-        TRY(k->copy_in(*slot->vector, data, cols * sizeof(bf16), e->model.stream));
-    TRY(k->synchronize(e->model.stream));  // the caller may free `data` now
+        TRY(outcome(e, k->copy_in(*slot->vector, data, cols * sizeof(bf16), e->model.stream)));
+    TRY(outcome(e, k->synchronize(e->model.stream)));  // the caller may free `data` now
     slot->is_loaded = 1;
     return STATUS_OK;
 }
@@ -41,17 +42,18 @@ Status engine_read_weight(Engine *e, const char *name, void *data, int64_t rows,
     TRY(find_slot(e, name, rows, cols, &slot));
     if (!data) return fail(STATUS_INVALID_ARGUMENT, "data is null");
     if (!slot->is_loaded) return fail(STATUS_INVALID_ARGUMENT, "%s is not loaded", name);
-    if (slot->matrix) return e->model.kernels->unpack_weight(data, slot->matrix, e->model.stream);
-    return e->model.kernels->copy_out(data, *slot->vector, cols * sizeof(bf16), e->model.stream);
+    const Kernels *k = e->model.kernels;
+    if (slot->matrix) return outcome(e, k->unpack_weight(data, slot->matrix, e->model.stream));
+    return outcome(e, k->copy_out(data, *slot->vector, cols * sizeof(bf16), e->model.stream));
 }
 
 Status engine_finish_loading(Engine *e) {
-    if (!e) return fail(STATUS_INVALID_ARGUMENT, "engine is null");
+    TRY(check_alive(e));
     for (int i = 0; i < e->num_slots; i++)
         if (!e->slots[i].is_loaded)
             return fail(STATUS_INVALID_ARGUMENT, "%s was not loaded", e->slots[i].name);
     if (e->is_ready) return fail(STATUS_INVALID_ARGUMENT, "engine_finish_loading was called before");
-    TRY(prepare_decode(e));
+    TRY(outcome(e, prepare_decode(e)));
     e->is_ready = 1;
     return STATUS_OK;
 }

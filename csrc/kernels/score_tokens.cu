@@ -4,8 +4,10 @@
 //
 // Shapes    logits [num_rows, vocab_size] float32, scores [num_rows]
 // Rounding  as in sample.cu; the logarithm is taken by model/sample.c, on the host for both backends
-// Mapping   one thread block per scored row; the most likely tokens one pass each, the next after the last
-// Cost      the row is read 2 times, and once more per alternative after the first: from the L2 cache
+// Mapping   one thread block per scored row. Each thread holds the best of its share of the row; the best
+// of
+//           those is the next of the alternatives, and the warp that gave it looks for its owner's next
+// Cost      the row is read 2 times, from the L2 cache; an alternative costs 1 / 1024 of that
 // See       twin/score_tokens.c, tests/kernels/test_bits_sample.py
 
 #include "../common/cuda_status.h"
@@ -46,20 +48,30 @@ static __device__ __forceinline__ Place warp_best(Place best) {
     return best;
 }
 
-// The first of those that come after `previous`, or of all where that is no place; every thread gets it.
-static __device__ Place next_best(const float *logits, int vocab_size, Place previous, Shared &shared) {
-    Place best = {0.0f, INT32_MAX};
-    bool is_first = previous.id == INT32_MAX;
-#pragma unroll 4
-    for (int i = (int)threadIdx.x; i < vocab_size; i += kThreads) {
-        Place place = {logits[i], i};
-        if ((is_first || comes_before(previous, place)) && comes_before(place, best)) best = place;
-    }
-    best = warp_best(best);
+static __device__ __forceinline__ Place no_place() {
+    return {0.0f, INT32_MAX};
+}
+
+// The best of every thread's best; every thread gets it.
+static __device__ Place block_best(Place own, Shared &shared) {
+    own = warp_best(own);
     __syncthreads();  // the last bests are read
-    if (threadIdx.x % kWarp == 0) shared.warp_bests[threadIdx.x / kWarp] = best;
+    if (threadIdx.x % kWarp == 0) shared.warp_bests[threadIdx.x / kWarp] = own;
     __syncthreads();  // every warp's best visible
     return warp_best(shared.warp_bests[threadIdx.x % kWarp]);
+}
+
+// After `taken` was the block's best: the thread that gave it gets the next of its share.
+static __device__ Place next_of_share(Place own, Place taken, const float *logits, int vocab_size) {
+    int owner = taken.id % kThreads, lane = (int)threadIdx.x % kWarp;
+    if (owner / kWarp != (int)threadIdx.x / kWarp) return own;
+    Place next = no_place();
+    for (int i = owner + lane * kThreads; i < vocab_size; i += kWarp * kThreads) {
+        Place place = {logits[i], i};
+        if (comes_before(taken, place) && comes_before(place, next)) next = place;
+    }
+    next = warp_best(next);
+    return owner % kWarp == lane ? next : own;
 }
 
 static __global__ void __launch_bounds__(kThreads)
@@ -72,7 +84,13 @@ static __global__ void __launch_bounds__(kThreads)
     TokenScore *score = scores + blockIdx.x;
     int id = row.scored_id < 0 ? ids[blockIdx.x] : row.scored_id;
     Place token = {values[id], id};
-    Place best = next_best(values, vocab_size, Place{0.0f, INT32_MAX}, shared);
+    Place own = no_place();
+#pragma unroll 4
+    for (int i = (int)threadIdx.x; i < vocab_size; i += kThreads) {
+        Place place = {values[i], i};
+        if (comes_before(place, own)) own = place;
+    }
+    Place best = block_best(own, shared);
     float largest = best.logit;
     uint64_t mass = 0, before = 0;
 #pragma unroll 4
@@ -89,12 +107,15 @@ static __global__ void __launch_bounds__(kThreads)
         score->rank = (int32_t)before + 1;
     }
     for (int i = 0; i < row.num_logprobs; i++) {
+        bool is_place = best.id != INT32_MAX;
         if (threadIdx.x == 0) {
-            score->top_ids[i] = best.id == INT32_MAX ? -1 : best.id;
-            score->top_logits[i] = best.id == INT32_MAX ? 0.0f : best.logit;
+            score->top_ids[i] = is_place ? best.id : -1;
+            score->top_logits[i] = is_place ? best.logit : 0.0f;
         }
-        if (best.id != INT32_MAX && i + 1 < row.num_logprobs)
-            best = next_best(values, vocab_size, best, shared);
+        if (is_place && i + 1 < row.num_logprobs) {
+            own = next_of_share(own, best, values, vocab_size);
+            best = block_best(own, shared);
+        }
     }
 }
 

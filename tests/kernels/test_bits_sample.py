@@ -47,7 +47,8 @@ def test_every_filter_over_every_size(gpu: Ops, twin: Ops, vocab_size: int, filt
     assert_equal(gpu, twin, normal_rows(5, vocab_size), batch)
 
 
-@pytest.mark.parametrize("count", [1, 2, 33, 34, 66, 67, 132, 133, 256])
+# clusters of 8, 4, 2 blocks and one, at both ends
+@pytest.mark.parametrize("count", [1, 16, 17, 33, 34, 66, 67, 132, 133, 256])
 def test_every_row_of_a_mixed_batch(gpu: Ops, twin: Ops, count: int):
     rng = np.random.default_rng(count)
     rows = page.rows(

@@ -52,7 +52,7 @@ endif
 OBJECTS := $(patsubst csrc/%,build/%.o,$(C_FILES) $(CU_FILES))
 
 .DEFAULT_GOAL := build
-.PHONY: help build verify verify-op test mutants teeth evidence golden record-gpu sanitize lint format clean FORCE
+.PHONY: help build verify verify-op test mutants localise teeth evidence golden record-gpu sanitize lint format clean FORCE
 .PHONY: bench bench-gpu bench-compare bench-table
 
 help:  ## this list
@@ -78,6 +78,9 @@ evidence: $(PACKAGES)  ## docs/evidence.md, made of the records of the last runs
 
 verify-op: $(LIBRARY) $(PACKAGES)  ## a shared object of yours: make verify-op OP=rms_norm LIB=./mine.so
 	@$(PYTHON) -m verification.verify_op "$(OP)" "$(LIB)"
+
+localise: $(LIBRARY) $(PACKAGES)  ## one fault at every operator of every layer of MODEL: named first? (goes on where stopped)
+	@$(PYTHON) -m verification.localisation --model "$(MODEL)" $(ARGS)
 
 golden: $(LIBRARY) $(PACKAGES)  ## record golden/ again; refuses a dirty tree, shows what changed
 	$(PYTHON) -m verification.record $(ARGS)

@@ -62,7 +62,7 @@ def fetch_ranks(directory: Path) -> Ranks:
 
 
 def encode_by_ranks(ranks: Ranks, text: str) -> list[int]:
-    """The definition: in each word, the neighbours of lowest rank are joined until none are left."""
+    """The definition: in each word, neighbours of lowest rank are joined until none is left."""
     ids = []
     for word in regex.findall(WORDS, text):
         raw = word.encode()

@@ -64,19 +64,19 @@ class GpuRecord:
         found = []
         if tests["status"] == "fail":
             found.append(f"{tests['failed']} of {tests['num_tests']} kernel tests failed")
-        lanes = self.facts["sanitizers"].get("lanes", {})
-        return found + [f"{lane} failed" for lane, of in lanes.items() if of["status"] == "fail"]
+        return found
 
-    def not_run(self) -> list[str]:
-        """Parts and models that were not run, each with its reason."""
-        missing = [
-            f"{part}: {self.facts[part]['reason']}"
-            for part in PARTS
-            if self.facts[part]["status"] == "not run"
+    def remarks(self) -> list[str]:
+        """What to say beside the bits: sanitizers that found something, and what was not run."""
+        lanes = self.facts["sanitizers"].get("lanes", {})
+        said = [
+            f"{lane}: {'; '.join(of['problems'])}" for lane, of in lanes.items() if of["problems"]
         ]
-        models = self.facts["bits"].get("models", {})
-        return missing + [
-            f"{name}: {of['reason']}" for name, of in models.items() if of["status"] == "not run"
+        parts = {part: self.facts[part] for part in PARTS} | self.facts["bits"].get("models", {})
+        return said + [
+            f"not run: {name}: {of['reason']}"
+            for name, of in parts.items()
+            if of["status"] == "not run"
         ]
 
 
@@ -199,5 +199,5 @@ def _compare(record: GpuRecord, name: str, golden: Golden, prompt_ids: list[str]
         return GoldenVerdict("fail", what)
     if not num_equal:
         return GoldenVerdict("not run", f"{CARD}: nothing that was recorded was verified")
-    missing = tuple(f"{CARD}, not run: {what}" for what in record.not_run())
-    return GoldenVerdict("pass", None, (f"{CARD}, source equal, {num_equal} taps equal", *missing))
+    remarks = tuple(f"{CARD}, {what}" for what in record.remarks())
+    return GoldenVerdict("pass", None, (f"{CARD}, source equal, {num_equal} taps equal", *remarks))

@@ -102,6 +102,16 @@ def record_bits(names: Sequence[str] = MODELS) -> tuple[dict, dict[str, dict[str
     return {"status": "recorded", "models": models}, bits
 
 
+def kernel_tests(source: str) -> dict:
+    """The counts of tests/kernels, as an earlier record of this source left them, or of a run."""
+    path = BUILD / "kernel_tests.json"
+    found = _read(path, source)
+    if found is None:
+        found = {"gpu_source": source, **run_kernel_tests()}
+        path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    return found
+
+
 def run_kernel_tests() -> dict:
     """Runs tests/kernels; a skipped test is counted as skipped, and one is enough not to pass."""
     BUILD.mkdir(exist_ok=True)
@@ -225,7 +235,7 @@ def record(directory: Path, left_out: Sequence[str]) -> dict:
             unless_left_out, "sanitizers", lambda: result_of("sanitizers", source)
         )
         facts["bits"], bits = record_bits()
-        facts["kernel_tests"] = unless_left_out("kernel_tests", run_kernel_tests)
+        facts["kernel_tests"] = unless_left_out("kernel_tests", lambda: kernel_tests(source))
         facts["sanitizers"] = sanitizers.result()
     # Alone on the machine: they are timed.
     facts["benchmarks"] = unless_left_out("benchmarks", lambda: result_of("benchmarks", source))

@@ -40,7 +40,7 @@ def facts(**changes) -> dict:
             },
         },
         "kernel_tests": PASSED,
-        "sanitizers": {"status": "pass", "lanes": {"memcheck": {"status": "pass"}}},
+        "sanitizers": {"status": "pass", "lanes": {"memcheck": {"status": "pass", "problems": []}}},
         "benchmarks": {"status": "pass"},
         **changes,
     }
@@ -133,23 +133,19 @@ def test_no_record_is_not_run(tmp_path: Path):
     assert check(tmp_path / CARD).status == "not run"
 
 
-@pytest.mark.parametrize(
-    ("part", "content", "named"),
-    [
-        ("kernel_tests", {**PASSED, "status": "fail", "failed": 2}, "2 of 3 kernel tests failed"),
-        (
-            "sanitizers",
-            {"status": "fail", "lanes": {"racecheck": {"status": "fail"}}},
-            "racecheck failed",
-        ),
-    ],
-)
-def test_a_record_that_says_itself_that_something_failed_fails(tmp_path, part, content, named):
-    write(tmp_path / CARD, facts(**{part: content}), BITS)
+def test_a_record_whose_kernel_tests_failed_fails(tmp_path: Path):
+    write(tmp_path / CARD, facts(kernel_tests={**PASSED, "status": "fail", "failed": 2}), BITS)
 
     verdict = check(tmp_path / CARD)
 
-    assert verdict.status == "fail" and named in verdict.reason
+    assert verdict.status == "fail" and "2 of 3 kernel tests failed" in verdict.reason
+
+
+def test_a_sanitizers_finding_is_told_beside_the_bits(tmp_path: Path):
+    lanes = {"racecheck": {"status": "fail", "problems": ["2 x Error: Race"]}}
+    write(tmp_path / CARD, facts(sanitizers={"status": "fail", "lanes": lanes}), BITS)
+
+    assert "h200, racecheck: 2 x Error: Race" in check(tmp_path / CARD).details
 
 
 def test_a_part_that_was_left_out_is_named_beside_a_pass(tmp_path: Path):
@@ -229,6 +225,17 @@ def test_a_result_of_another_source_is_never_taken(tmp_path: Path, monkeypatch):
     assert record_gpu.result_of("sanitizers", "new")["status"] == "not run"
     path.write_text(json.dumps({"gpu_source": "new", "status": "pass"}))
     assert record_gpu.result_of("sanitizers", "new")["status"] == "pass"
+
+
+def test_kernel_tests_are_run_once_for_a_source(tmp_path: Path, monkeypatch):
+    runs: list[int] = []
+    monkeypatch.setattr(record_gpu, "BUILD", tmp_path)
+    monkeypatch.setattr(record_gpu, "run_kernel_tests", lambda: runs.append(1) or dict(PASSED))
+
+    first, again = record_gpu.kernel_tests("one"), record_gpu.kernel_tests("one")
+    record_gpu.kernel_tests("two")
+
+    assert first == again and len(runs) == 2
 
 
 def test_without_a_gpu_nothing_is_written(tmp_path: Path, monkeypatch, capsys):

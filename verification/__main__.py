@@ -18,6 +18,7 @@ from rich.text import Text
 from engine.config import ModelConfig
 from engine.errors import EngineError, InvalidArgument
 from engine.models import model_names, resolve
+from verification.evidence_page import load_all
 from verification.golden_check import GoldenRun
 from verification.goldens import GoldenVerdict
 from verification.gpu_record import check_gpu_record
@@ -108,13 +109,14 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     transformers.utils.logging.disable_progress_bar()  # the progress shown is our own
     console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
     try:
+        evidence = load_all()
         results = run(parser, options, console)
     except (EngineError, OracleError, OSError) as error:
         console.print(Text(f"error: {plain(error)}"), soft_wrap=True)
         return 1
     print_report(results, console)
     options.json.write_text(json_text(results), encoding="utf-8")
-    write_html(results, options.html)
+    write_html(results, options.html, evidence)
     console.print(Text(f"  {options.json}, {options.html}"), soft_wrap=True)
     return 0 if results["verdict"] == "pass" else 1
 

@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 
 from tests.verification import samples
+from tests.verification.test_evidence import record
+from verification.evidence import Score, Table
+from verification.evidence_page import load_all
 from verification.report_html import heat_map, render, residual_growth, token_ribbon, write_html
 from verification.report_html.markup import escape
 
@@ -238,3 +241,22 @@ def test_a_lead_of_half_the_strict_margin_is_half_a_bar():
 
     assert "width:50%" in ribbon
     assert "lead 6.0 sigma" in ribbon
+
+
+class TestEvidence:
+    def test_its_scores_and_tables_join_the_page(self):
+        scores = (Score("killed", 2, 2, at_least=1.0), Score("false", 1, 9, at_most=0.0))
+        table = Table(
+            "matrix", ("fault", "operator", "s"), (("a<b", "killed", 1.5), ("c", None, 2))
+        )
+        page = render(samples.passing_run(), [record(scores=scores, tables=(table,))])
+
+        Page(page)
+        for part in ("2 of 2", ">reached<", "1 of 9", ">missed<", "a&lt;b", "mark killed", ">1.5<"):
+            assert part in page, part
+
+    def test_without_a_record_the_page_says_so(self):
+        assert "Nothing was recorded." in render(samples.passing_run())
+
+    def test_what_is_recorded_in_git_can_be_shown(self):
+        Page(render(samples.passing_run(), load_all()))

@@ -3,7 +3,11 @@
 Knows the order of the parts and their captions; each part draws itself in its own file.
 """
 
+from collections.abc import Sequence
+
+from verification.evidence import Evidence
 from verification.report_html import tables
+from verification.report_html.evidence_section import evidence_section
 from verification.report_html.heat_map import heat_map
 from verification.report_html.markup import escape
 from verification.report_html.residual_growth import residual_growth
@@ -13,11 +17,12 @@ from verification.report_html.ulp_histogram import ulp_histogram
 from verification.report_text import count
 
 
-def render(results: dict) -> str:
+def render(results: dict, evidence: Sequence[Evidence] = ()) -> str:
     """The whole page of one run.
 
     Args:
         results: verify.json as a dict.
+        evidence: what is recorded of the suite itself.
     """
     name = escape(results["model"]["name"])
     parts = [
@@ -61,6 +66,12 @@ def render(results: dict) -> str:
         _section("Goldens", "", tables.record(results["goldens"])),
         _section("GPU record", "", tables.record(results["gpu_record"])),
         _section("Not run", "", tables.not_run(results)),
+        _section(
+            "The suite, tested",
+            "Faults planted in this code, one at a time: how many the suite finds, at which level, "
+            "and whether its first failure names the culprit. Recorded runs, not this one's.",
+            evidence_section(evidence),
+        ),
         _provenance(results),
         "</main>",
     ]

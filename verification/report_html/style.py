@@ -99,6 +99,10 @@ dd { margin: 0; overflow-wrap: anywhere; }
 pre { margin: 14px 0 4px; padding: 8px 12px; border-radius: 6px; background: var(--equal);
   white-space: pre-wrap;
   font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+details { margin: 14px 0 0; } summary { cursor: pointer; font-weight: 600; }
+.matrix { font-size: 12.5px; } .matrix td { overflow-wrap: anywhere; }
+.mark { text-align: center; } .mark.killed { background: var(--h2); }
+.mark.alive { background: var(--equal); color: var(--dim); }
 .provenance dl { grid-template-columns: 1fr; font-size: 13px; } .provenance { padding-bottom: 40px;
   }
 @media (max-width: 760px) { .inner, main { padding: 0 14px; } section { overflow-x: auto; }

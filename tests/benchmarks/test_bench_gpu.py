@@ -72,6 +72,8 @@ class Session:
         from tests.benchmarks.peers.hugging_face import CompiledTransformers, Transformers
         from tests.benchmarks.peers.torch_graph import TorchGraph
 
+        peers = {"graph": TorchGraph, "eager": Transformers, "compiled": CompiledTransformers}
+        self.left_out = [peer.name for key, peer in peers.items() if key not in PEERS]
         others: list[Contestant] = []
         if base := os.environ.get("BENCH_BASE"):
             stamp = source_stamp(Path(base) / "csrc")
@@ -128,6 +130,7 @@ def test_point(benchmark, session: Session, point: Point):
     benchmark.pedantic(ours.run, setup=by_turns, rounds=ROUNDS, iterations=1)
 
     row = _row(session, point, benchmark.stats.stats.data, others, ready)
+    missing |= dict.fromkeys(session.left_out, "left out by BENCH_PEERS")
     row["contestants"] |= {name: {"not run": why} for name, why in missing.items()}
     row["checked"] = ours.check(point, prompts)
     row["clocks"] = gpu.clocks()

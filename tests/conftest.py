@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from engine.bindings import Library
 from engine.config import EngineConfig
@@ -22,6 +22,10 @@ settings.register_profile(
     database=None,
     deadline=None,  # tests never time
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+# To find a planted fault is enough: shrinking takes the most time.
+settings.register_profile(
+    "mutants", settings.get_profile("touchstone"), phases=(Phase.explicit, Phase.generate)
 )
 settings.load_profile("touchstone")
 

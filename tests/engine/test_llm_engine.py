@@ -14,7 +14,7 @@ from engine.outputs import RequestOutput
 from engine.sampling_params import SamplingParams
 from engine.sources.toy import CONFIGS
 from engine.tokenizer import Tokenizer
-from tests.engine.paged_token_model import Output
+from tests.engine.paged_token_model import Output, PagedTokenModel
 
 EOS, EOT = 57, 59
 CONFIG = replace(CONFIGS["toy"], eos_token_ids=(EOS, EOT), max_position_embeddings=200)
@@ -145,6 +145,16 @@ def test_a_seed_that_nobody_gave_is_told(tokenizer):
 
     assert seeds["b"] == 7
     assert 0 <= seeds["a"] < 2**64
+
+
+def test_the_answers_of_one_request_are_drawn_each_for_itself(tokenizer):
+    model = PagedTokenModel(ROOM.num_blocks, ROOM.block_size, 200)
+    engine = LLMEngine(model, CONFIG, ROOM, tokenizer)
+    engine.add_request("r", PROMPT, SamplingParams(n=3, seed=1, max_tokens=6), stream=False)
+
+    (output,) = run(engine)
+
+    assert len({answer.token_ids for answer in output.outputs}) == 3
 
 
 def test_abort_tells_what_was_answered_and_unknown_names_are_no_error(tokenizer):

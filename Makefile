@@ -52,7 +52,7 @@ endif
 OBJECTS := $(patsubst csrc/%,build/%.o,$(C_FILES) $(CU_FILES))
 
 .DEFAULT_GOAL := build
-.PHONY: help build verify verify-op test mutants localise teeth evidence golden record-gpu sanitize lint format clean FORCE
+.PHONY: help build verify verify-op test mutants localise false-alarms teeth evidence golden record-gpu sanitize lint format clean FORCE
 .PHONY: bench bench-gpu bench-compare bench-table
 
 help:  ## this list
@@ -81,6 +81,9 @@ verify-op: $(LIBRARY) $(PACKAGES)  ## a shared object of yours: make verify-op O
 
 localise: $(LIBRARY) $(PACKAGES)  ## one fault at every operator of every layer of MODEL: named first? (goes on where stopped)
 	@$(PYTHON) -m verification.localisation --model "$(MODEL)" $(ARGS)
+
+false-alarms: $(LIBRARY) $(PACKAGES)  ## correct engines of other arithmetic: none may be failed
+	@$(PYTHON) -m verification.false_alarms $(ARGS)
 
 golden: $(LIBRARY) $(PACKAGES)  ## record golden/ again; refuses a dirty tree, shows what changed
 	$(PYTHON) -m verification.record $(ARGS)

@@ -40,17 +40,19 @@ class Planted:
     Args:
         place: the tap, or write_kv_cache, and the layer.
         local, free: (operator, tap, layer).
+        was_free: whether it was also planted running free.
     """
 
     fault: str
     place: TapKey
     local: tuple[str, str, int] | None
     free: tuple[str, str, int] | None
+    was_free: bool = True
 
     @property
     def is_named(self) -> bool:
-        """Whether both modes name it first."""
-        return self.local == self.free == self.expected
+        """Whether every mode that was asked names it first."""
+        return self.local == self.expected and (self.free == self.expected or not self.was_free)
 
     @property
     def expected(self) -> tuple[str, str, int]:
@@ -112,15 +114,20 @@ class Sweep:
         caches = [("write_kv_cache", layer) for layer in range(self._config.num_layers)]
         return [*all_keys(self._config.num_layers), *caches]
 
-    def plant(self, place: TapKey) -> Iterator[Planted]:
-        """Every fault of a place, and what is named for it."""
+    def plant(self, place: TapKey, is_free: bool = True) -> Iterator[Planted]:
+        """Every fault of a place, and what is named for it.
+
+        Args:
+            is_free: plant it running free too; that takes a run of the engine.
+        """
+        modes = [(LOCAL, self._local)] + [(ACCUMULATED, self._free)] * is_free
         if place[0] == "write_kv_cache":
-            yield self._stale_slot(place[1])
+            yield self._stale_slot(place[1], modes)
             return
         faults = faults_at(place[0])
         names = list(faults)
-        named: dict[str, dict[str, tuple[str, str, int] | None]] = {}
-        for mode, right in ((LOCAL, self._local), (ACCUMULATED, self._free)):
+        named: dict[str, dict[str, tuple[str, str, int] | None]] = {ACCUMULATED: {}}
+        for mode, right in modes:
             damaged = torch.cat(
                 [
                     damage(right[place].clone(), self._place(mode, place))
@@ -132,7 +139,8 @@ class Sweep:
             self._check_upstream(right, outputs, place, len(names))
             named[mode] = self._first(mode, names, outputs, self._layer_of(place))
         for name in names:
-            yield Planted(name, place, named[LOCAL][name], named[ACCUMULATED][name])
+            free = named[ACCUMULATED].get(name)
+            yield Planted(name, place, named[LOCAL][name], free, is_free)
 
     def _outputs(self, mode: str, names: list[str], place: TapKey, damaged: Tensor) -> Trace:
         """What all operators give where one is wrong."""
@@ -140,11 +148,11 @@ class Sweep:
             return {key: torch.cat([value] * len(names)) for key, value in self._local.items()}
         return self._step(names, {} if place[0] == "logits" else {place: damaged})
 
-    def _stale_slot(self, layer: int) -> Planted:
+    def _stale_slot(self, layer: int, modes: Sequence[tuple[str, Trace]]) -> Planted:
         """The cache keeps another token's key in one slot of a layer."""
         first: dict[str, tuple[str, str, int] | None] = {}
         key, stale = ("k_rope", layer), len(self._ids) - 2
-        for mode, right in ((LOCAL, self._local), (ACCUMULATED, self._free)):
+        for mode, right in modes:
             inputs = self._known if mode == LOCAL else right
             kept = inputs[key].clone()
             kept[stale] = kept[0]
@@ -161,7 +169,8 @@ class Sweep:
                 at = ("stale key", layer, "write_kv_cache", "exact")
                 found.append(Finding(mode, PREFILL, *at, verdict))
             first[mode] = self._nearest(found, "stale key")
-        return Planted("stale key", ("write_kv_cache", layer), first[LOCAL], first[ACCUMULATED])
+        place, is_free = ("write_kv_cache", layer), len(modes) == 2
+        return Planted("stale key", place, first[LOCAL], first.get(ACCUMULATED), is_free)
 
     def _place(self, mode: str, key: TapKey) -> Place:
         tap, layer = key

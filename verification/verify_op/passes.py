@@ -52,7 +52,7 @@ def run_operation(
     """
     keys = [key for key in all_keys(config.num_layers) if POINT[key[0]].operation == operation]
     feed = _Feed(call, config, reference)
-    prefill = _prefill(group, trace)
+    prefill = prefill_pass(group, trace)
     outputs = {key: feed(key, prefill, _slices(prefill)) for key in keys}
     passes = [replace(prefill, outputs=outputs)]
     last = [(s, at) for s, p in zip(prefill.segments, group, strict=True) for at in _last(p)]
@@ -69,7 +69,7 @@ def _last(prompt: GroupPrompt) -> range:
     return range(prompt.num_tokens - prompt.num_decode, prompt.num_tokens)
 
 
-def _prefill(group: Sequence[GroupPrompt], trace: Trace) -> Pass:
+def prefill_pass(group: Sequence[GroupPrompt], trace: Trace) -> Pass:
     """All prompts as one step; its outputs are still to come."""
     ends = np.cumsum([0, *(p.num_tokens for p in group)]).tolist()
     logit_ends = np.cumsum([0, *(len(p.logit_rows) for p in group)]).tolist()

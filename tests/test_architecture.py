@@ -299,6 +299,8 @@ def catalogue() -> str:
 # What fuses others, and where: null in the twin's table, whose operations it must equal to the bit.
 FUSED = {
     "decode_workspace_bytes": "kernels/test_bits_decode_step.py",
+    "open_decode_graphs": "kernels/test_bits_decode_batch.py",
+    "close_decode_graphs": "kernels/test_bits_decode_batch.py",
     "decode_max_seqs": "kernels/test_bits_decode_step.py",
     "decode_step": "kernels/test_bits_decode_step.py",
     "linear_add": "system/test_fused_prefill.py",

@@ -7,11 +7,12 @@
 #include <stdint.h>
 
 // Shared-memory matrix descriptor (PTX ISA 9.7.15.5.1) of a K-major operand in tile.cuh's layout: rows of
-// 128 bytes, groups of eight rows 1024 bytes apart, 128-byte swizzle. The k16 steps of a tile are 32 bytes
+// 128 bytes, groups of eight rows group_bytes apart, 128-byte swizzle. The k16 steps of a tile are 32 bytes
 // apart.
-__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t shared) {
-    constexpr uint64_t kGroupStride = 1024 >> 4, kSwizzle128 = 1;
-    return (uint64_t)((shared & 0x3ffffu) >> 4) | (1ull << 16) | (kGroupStride << 32) | (kSwizzle128 << 62);
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t shared, int group_bytes = 1024) {
+    constexpr uint64_t kSwizzle128 = 1;
+    uint64_t group_stride = (uint64_t)(group_bytes >> 4);
+    return (uint64_t)((shared & 0x3ffffu) >> 4) | (1ull << 16) | (group_stride << 32) | (kSwizzle128 << 62);
 }
 
 // Orders register accesses before the warpgroup's next instructions.

@@ -39,6 +39,8 @@ static const Kernels table = {
     .qkv_linear = cuda_qkv_linear,
     .fused_min_tokens = cuda_fused_min_tokens,
     .decode_workspace_bytes = cuda_decode_workspace_bytes,
+    .open_decode_graphs = cuda_open_decode_graphs,
+    .close_decode_graphs = cuda_close_decode_graphs,
     .decode_max_seqs = cuda_decode_max_seqs,
     .decode_step = cuda_decode_step,
 };

@@ -5,8 +5,13 @@
 //
 // Shapes    as in DecodeProblem; up to 256 sequences of one new token each
 // Rounding  every point of docs/numerics.md, in the order of the operations it replaces: the same bits
+// Mapping   a bucket's launches, between the first kernel and the last, are recorded as a graph at its
+// second
+//           step and replayed from then on
 // Cost      every weight and every cached key and value once
 // See       decode_batch.cuh; tests/kernels/test_bits_decode_batch.py
+
+#include <stdlib.h>
 
 #include "decode_batch.cuh"
 
@@ -32,6 +37,7 @@ static size_t carve(BatchBuffers *buffers, const DecodeProblem &p, void *workspa
     size_t seqs = min(p.max_num_seqs, kBatchMaxSeqs);
     size_t rows = (seqs + kMostTokens - 1) / kMostTokens * kMostTokens;
     size_t q_size = (size_t)p.num_heads * kTileCols, tiles = batch_vocabulary_tiles(p.lm_head.rows);
+    buffers->header = carver.take<BatchHeader>(1);
     buffers->residual = carver.take<bf16>(rows * p.hidden_size);
     buffers->normed = carver.take<bf16>(rows * p.hidden_size);
     buffers->q = carver.take<bf16>(rows * q_size);
@@ -50,9 +56,9 @@ size_t batch_workspace_bytes(const DecodeProblem &problem) {
     return carve(&buffers, problem, nullptr);
 }
 
+// The launches that are the same for every step of the bucket.
 static Status launch_layers(const BatchStep &step, cudaStream_t stream) {
     const DecodeProblem &p = step.problem;
-    TRY(launch_batch_embedding(step, stream));
     for (int i = 0; i < p.num_layers; ++i) {
         const DecodeLayer &layer = p.layers[i];
         TRY(launch_batch_qkv(step, layer, stream));
@@ -67,23 +73,67 @@ static Status launch_layers(const BatchStep &step, cudaStream_t stream) {
     return launch_batch_head(step, stream);
 }
 
+// --- graphs
+
+constexpr int kBuckets[] = {32, 64, 128, kBatchMaxSeqs};
+constexpr int kNumBuckets = sizeof kBuckets / sizeof *kBuckets;
+
+struct DecodeGraphs {
+    bool has_run[kNumBuckets];  // once without a graph, which loads the kernels
+    cudaGraphExec_t graphs[kNumBuckets];
+};
+
+extern "C" Status cuda_open_decode_graphs(DecodeGraphs **graphs) {
+    *graphs = static_cast<DecodeGraphs *>(calloc(1, sizeof(DecodeGraphs)));
+    if (*graphs == nullptr)
+        return fail(STATUS_OUT_OF_MEMORY, "%zu bytes of host memory", sizeof(DecodeGraphs));
+    return STATUS_OK;
+}
+
+extern "C" void cuda_close_decode_graphs(DecodeGraphs *graphs) {
+    if (graphs == nullptr) return;
+    for (cudaGraphExec_t graph : graphs->graphs)
+        if (graph != nullptr) (void)cudaGraphExecDestroy(graph);
+    free(graphs);
+}
+
+static Status capture(cudaGraphExec_t *executable, const BatchStep &step, cudaStream_t stream) {
+    cudaGraph_t graph = nullptr;
+    TRY(CUDA_STATUS(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal)));
+    Status status = launch_layers(step, stream);
+    Status ended = CUDA_STATUS(cudaStreamEndCapture(stream, &graph));  // ends also where a launch failed
+    if (status == STATUS_OK) status = ended;
+    if (status == STATUS_OK) status = CUDA_STATUS(cudaGraphInstantiate(executable, graph, 0));
+    if (graph == nullptr) return status;
+    Status destroyed = CUDA_STATUS(cudaGraphDestroy(graph));
+    return status == STATUS_OK ? destroyed : status;
+}
+
+static Status run_layers(const BatchStep &step, int bucket, cudaStream_t stream) {
+    DecodeGraphs *graphs = step.problem.graphs;
+    if (!graphs->has_run[bucket]) {
+        TRY(launch_layers(step, stream));
+        graphs->has_run[bucket] = true;
+        return STATUS_OK;
+    }
+    if (graphs->graphs[bucket] == nullptr) TRY(capture(&graphs->graphs[bucket], step, stream));
+    return CUDA_STATUS(cudaGraphLaunch(graphs->graphs[bucket], stream));
+}
+
 Status launch_batch_step(const DecodeProblem &problem, const BatchIndex &batch, bool advance,
                          void *workspace, cudaStream_t stream) {
+    int bucket = 0, device = 0;
+    while (kBuckets[bucket] < batch.num_seqs) ++bucket;
     BatchStep step = {};
     step.problem = problem;
-    step.input_ids = const_cast<int32_t *>(batch.input_ids);  // written only to advance
-    step.positions = const_cast<int32_t *>(batch.positions);
-    step.seq_lens = const_cast<int32_t *>(batch.seq_lens);
-    step.block_tables = batch.block_tables;
-    step.max_blocks_per_seq = batch.max_blocks_per_seq;
-    step.num_seqs = batch.num_seqs;
     step.max_segments = max_segments(problem.max_seq_len);
-    step.tile_tokens = batch_tile_tokens(batch.num_seqs);
+    step.bucket = kBuckets[bucket];
+    step.tile_tokens = min(step.bucket, kMostTokens);
     carve(&step.buffers, problem, workspace);
-    int device = 0;
     TRY(CUDA_STATUS(cudaGetDevice(&device)));
     TRY(CUDA_STATUS(
         cudaDeviceGetAttribute(&step.num_multiprocessors, cudaDevAttrMultiProcessorCount, device)));
-    TRY(launch_layers(step, stream));
-    return launch_batch_output(step, problem.next_ids, advance, stream);
+    TRY(launch_batch_embedding(step, batch, stream));
+    TRY(run_layers(step, bucket, stream));
+    return launch_batch_output(step, batch, advance, stream);
 }

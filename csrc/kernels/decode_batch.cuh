@@ -2,8 +2,8 @@
 //
 // Such a step is a chain of kernels, seven a layer, each started while the one before it ends
 // (programmatic dependent launch). Nothing that a step changes is read before wait_for_previous_kernel():
-// before it a kernel may only fetch weights. Lengths are read from memory, so the launches of a step depend
-// on the number of sequences alone.
+// before it a kernel may only fetch weights. What differs from step to step is read from memory, so that
+// one graph of launches serves every step of a bucket: up to 32, 64, 128 or 256 sequences.
 //
 // Activations that a linear layer multiplies lie packed: tiles of kTokens tokens, in each the k tiles one
 // after another, [kTokens][64] swizzled as in tile.cuh, so that one bulk copy brings a stage.
@@ -19,8 +19,17 @@ constexpr int kBatchMaxSeqs = 256;
 constexpr int kMostTokens = 128;  // of a token tile
 constexpr size_t kWorkspaceAlignment = 1024;
 
+// What the first kernel of a step tells the others.
+struct BatchHeader {
+    int num_seqs;
+    int max_blocks_per_seq;
+    const int32_t *block_tables;  // [num_seqs, max_blocks_per_seq]
+    int lengths[kBatchMaxSeqs];   // of the sequences, their new token included; 0 beyond the last
+};
+
 // The workspace of such a step. Packed buffers have room for whole token tiles.
 struct BatchBuffers {
+    BatchHeader *header;
     bf16 *residual;      // [num_seqs, hidden_size]
     bf16 *normed;        // packed, hidden_size columns
     bf16 *q;             // [num_seqs, num_heads, 64], rotated
@@ -32,23 +41,18 @@ struct BatchBuffers {
     float *segments;     // [num_seqs, num_heads, max_segments, kPartialColumns]
 };
 
+// What the launches of a bucket depend on.
 struct BatchStep {
     DecodeProblem problem;
     BatchBuffers buffers;
-    int32_t *input_ids, *positions, *seq_lens;  // [num_seqs]
-    const int32_t *block_tables;                // [num_seqs, max_blocks_per_seq]
-    int max_blocks_per_seq;
-    int num_seqs;
     int max_segments;
+    int bucket;       // the most sequences: 32, 64, 128 or 256
     int tile_tokens;  // 32, 64 or 128
     int num_multiprocessors;
 };
 
-inline int batch_tile_tokens(int num_seqs) {
-    return num_seqs <= 32 ? 32 : num_seqs <= 64 ? 64 : kMostTokens;
-}
 inline int batch_token_tiles(const BatchStep &step) {
-    return (step.num_seqs + step.tile_tokens - 1) / step.tile_tokens;
+    return step.bucket / step.tile_tokens;
 }
 
 // Offset, in values, of chunk `chunk` of the row of `token` in a packed buffer of k_tiles k tiles.
@@ -81,7 +85,7 @@ Status launch_chained(void (*kernel)(Parameters...), dim3 grid, int threads, siz
 }
 
 // The step's kernels, in the order of a layer.
-Status launch_batch_embedding(const BatchStep &step, cudaStream_t stream);  // and the first norm
+Status launch_batch_embedding(const BatchStep &step, const BatchIndex &batch, cudaStream_t stream);
 Status launch_batch_norm(const BatchStep &step, const bf16 *weight, cudaStream_t stream);
 Status launch_batch_qkv(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream);
 Status launch_batch_attention(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream);
@@ -90,7 +94,8 @@ Status launch_batch_gate_up(const BatchStep &step, const DecodeLayer &layer, cud
 Status launch_batch_down(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream);
 Status launch_batch_head(const BatchStep &step, cudaStream_t stream);
 int batch_vocabulary_tiles(int vocab_size);
-Status launch_batch_output(const BatchStep &step, int32_t *next_ids, bool advance, cudaStream_t stream);
+Status launch_batch_output(const BatchStep &step, const BatchIndex &batch, bool advance,
+                           cudaStream_t stream);
 
 // The step as a whole (decode_batch.cu).
 size_t batch_workspace_bytes(const DecodeProblem &problem);

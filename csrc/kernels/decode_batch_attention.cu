@@ -4,161 +4,16 @@
 //
 // Shapes    q [num_seqs, num_heads, 64]; out packed (decode_batch.cuh), k tile h being head h
 // Rounding  docs/numerics.md section 4
-// Mapping   persistent; a warp's task is one segment (1024 keys) of one sequence and kv head. It copies the
-//           halves of the tiles' K and V into a ring of its own, ahead of its work and across tasks, and
-//           folds tile after tile in registers. The last warp of a row with several segments folds those
+// Mapping   persistent; a warp's task is some segments (of 1024 keys) of one sequence and kv head, as
+//           many as a warp has on the average: most rows are one task. It copies the halves of the tiles'
+//           K and V into a ring of its own, ahead of its work and across tasks, and folds tile after tile
+//           in registers. Of a row with several tasks the last warp to finish folds the segments
 // Cost      256 bytes per key and kv head: memory-bound
 // See       decode_tile.cuh, twin/attention.c, tests/kernels/test_bits_decode_batch.py
 
 #include <math.h>
 
-#include "decode_batch.cuh"
-
-constexpr int kWarps = 8;
-constexpr int kThreads = kWarps * kWarp;
-constexpr int kSlots = 3;  // of a warp's ring: 192 KiB in all
-constexpr int kPieceBytes = kPieceKeys * kKeyBytes;
-constexpr int kRingBytes = kWarps * kSlots * kPieceBytes;
-constexpr int kSmallestBlock = 16;  // tokens of a KV block
-constexpr int kLaneBlocks = kSegmentKeys / kSmallestBlock / kWarp;
-constexpr int kParts = 4;  // pieces of a tile: K, K, V, V
-constexpr int kAlignment = 1024;
-
-struct AttentionArguments {
-    KvLayer cache;
-    const bf16 *q;
-    bf16 *out;
-    const int32_t *seq_lens, *block_tables;
-    unsigned *tickets;
-    float *segments;
-    int max_blocks_per_seq, num_seqs, num_heads, max_segments, tile_tokens;
-    float scale;
-};
-
-struct AttentionShared {
-    int first_task[kBatchMaxSeqs + 1];  // of each sequence; the last is the number of all
-    int lengths[kBatchMaxSeqs];
-    int warp_sums[kWarps];
-    uint64_t full[kWarps][kSlots];
-};
-
-struct Task {
-    int sequence, kv_head, segment, num_segments, length;
-    int first_tile, num_tiles;
-
-    // Keys of a tile, and the halves that hold some.
-    __device__ int num_keys(int tile) const { return min(NUMERICS_TILE, length - tile * NUMERICS_TILE); }
-    __device__ int halves(int tile) const { return (num_keys(tile) + kPieceKeys - 1) / kPieceKeys; }
-};
-
-// Every sequence's first task, by the whole block: a prefix sum over segments times kv heads.
-static __device__ __forceinline__ void deal_tasks(AttentionShared &shared, const AttentionArguments &args) {
-    int thread = (int)threadIdx.x, lane = thread % kWarp;
-    static_assert(kThreads >= kBatchMaxSeqs, "a thread per sequence");
-    int length = thread < args.num_seqs ? args.seq_lens[thread] : 0;
-    int count = (length + kSegmentKeys - 1) / kSegmentKeys * args.cache.num_kv_heads, sum = count;
-#pragma unroll
-    for (int offset = 1; offset < kWarp; offset *= 2) {
-        int below = __shfl_up_sync(kFullWarp, sum, offset);
-        if (lane >= offset) sum += below;
-    }
-    if (lane == kWarp - 1) shared.warp_sums[thread / kWarp] = sum;
-    __syncthreads();  // every warp's sum visible
-    for (int i = 0; i < thread / kWarp; ++i) sum += shared.warp_sums[i];
-    shared.lengths[thread] = length;
-    shared.first_task[thread + 1] = sum;
-    if (thread == 0) shared.first_task[0] = 0;
-    __syncthreads();  // the table is there
-}
-
-// Task number `index`; the sequence by bisection.
-static __device__ __forceinline__ Task find_task(const AttentionShared &shared,
-                                                 const AttentionArguments &args, int index) {
-    int low = 0, high = args.num_seqs - 1;
-    while (low < high) {
-        int middle = (low + high + 1) / 2;
-        if (shared.first_task[middle] <= index) {
-            low = middle;
-        } else {
-            high = middle - 1;
-        }
-    }
-    Task task;
-    int within = index - shared.first_task[low], heads = args.cache.num_kv_heads;
-    task.sequence = low;
-    task.segment = within / heads;
-    task.kv_head = within - task.segment * heads;
-    task.length = shared.lengths[low];
-    task.num_segments = (task.length + kSegmentKeys - 1) / kSegmentKeys;
-    task.first_tile = task.segment * NUMERICS_SEGMENT;
-    task.num_tiles =
-        min(NUMERICS_SEGMENT, (task.length + NUMERICS_TILE - 1) / NUMERICS_TILE - task.first_tile);
-    return task;
-}
-
-// A warp's copies: it walks the pieces of its tasks ahead of the warp's work. All members are the same in
-// every lane, but for the blocks: lane i knows those of runs i and 32 + i of the segment.
-struct PieceSource {
-    AttentionShared &shared;
-    const AttentionArguments &args;
-    uint32_t ring;
-    uint64_t *full;
-    int next_task, stride, num_tasks;
-    Task task;
-    int tile, part;  // tile counts from the segment's first
-    int slot;
-    int blocks[kLaneBlocks];
-
-    // Looks up the next task's blocks; false where there is none.
-    __device__ __forceinline__ bool take_task() {
-        if (next_task >= num_tasks) return false;
-        task = find_task(shared, args, next_task);
-        next_task += stride;
-        tile = part = 0;
-        int lane = (int)threadIdx.x % kWarp;
-        int run_keys = min(kPieceKeys, args.cache.block_size);
-        const int32_t *table = args.block_tables + (size_t)task.sequence * args.max_blocks_per_seq;
-#pragma unroll
-        for (int i = 0; i < kLaneBlocks; ++i) {
-            int key = task.segment * kSegmentKeys + (i * kWarp + lane) * run_keys;
-            bool exists = (i * kWarp + lane) * run_keys < kSegmentKeys && key < task.length;
-            blocks[i] = exists ? table[key / args.cache.block_size] : 0;
-        }
-        return true;
-    }
-    __device__ __forceinline__ bool has_piece() const { return task.num_tiles > 0; }
-
-    // Asks for the piece at hand and moves on.
-    __device__ __forceinline__ void copy_piece() {
-        int lane = (int)threadIdx.x % kWarp, block_size = args.cache.block_size;
-        int half = part % 2, is_value = part / 2, absolute = task.first_tile + tile;
-        int run_keys = min(kPieceKeys, block_size), runs = kPieceKeys / run_keys;
-        int first_key = absolute * NUMERICS_TILE + half * kPieceKeys;
-        int keys = min(kPieceKeys, task.length - first_key);
-        int run = (tile * 2 + half) * runs + lane % runs;  // of the segment
-        int block = __shfl_sync(kFullWarp, blocks[0], run % kWarp);
-        int later = __shfl_sync(kFullWarp, blocks[1], run % kWarp);
-        if (run >= kWarp) block = later;
-        uint32_t barrier = shared_address(&full[slot]), to = ring + slot * kPieceBytes;
-        if (lane == 0) barrier_arrive_expect(barrier, keys * kKeyBytes);
-        __syncwarp();  // the bytes are expected before the first arrive
-        int own_keys = min(run_keys, keys - lane * run_keys);
-        if (lane < runs && own_keys > 0) {
-            int key = first_key + lane * run_keys;
-            const bf16 *from = args.cache.data +
-                               kv_tile_offset(block, task.kv_head, args.cache.num_kv_heads, block_size) +
-                               ((size_t)(key % block_size) + (is_value ? block_size : 0)) * kTileCols;
-            copy_bulk(to + lane * run_keys * kKeyBytes, from, own_keys * kKeyBytes, barrier);
-        }
-        slot = slot + 1 < kSlots ? slot + 1 : 0;
-        ++part;
-        if (part % 2 == 1 && task.halves(absolute) == 1) ++part;
-        if (part < kParts) return;
-        part = 0;
-        if (++tile < task.num_tiles) return;
-        if (!take_task()) task.num_tiles = 0;
-    }
-};
+#include "decode_batch_pieces.cuh"
 
 // A warp's row g after some tiles: this lane's columns 8 f + 2 q and + 1.
 struct RowState {
@@ -261,33 +116,37 @@ static __device__ __forceinline__ void write_row(const RowState &state, const At
     }
 }
 
-// A segment's result to memory; the last warp of the row folds them all, in order.
-static __device__ __forceinline__ void join_segments(RowState &state, const AttentionArguments &args,
-                                                     const Task &task, int head, bool is_row) {
-    int lane = (int)threadIdx.x % kWarp, q = lane % 4;
-    size_t row = (size_t)task.sequence * args.num_heads + head;
-    float *segments = args.segments + row * args.max_segments * kPartialColumns;
-    if (is_row) {
-        float *to = segments + task.segment * kPartialColumns;
+// A segment's result to memory, by the lanes that hold a row.
+static __device__ __forceinline__ void store_segment(const RowState &state, float *segments, int segment) {
+    int q = (int)threadIdx.x % 4;
+    float *to = segments + segment * kPartialColumns;
 #pragma unroll
-        for (int f = 0; f < kDimGroups; ++f)
-            *reinterpret_cast<float2 *>(to + f * 8 + 2 * q) =
-                make_float2(state.values[f][0], state.values[f][1]);
-        if (q == 0) *reinterpret_cast<float2 *>(to + kTileCols) = make_float2(state.max, state.sum);
-    }
-    fence_gpu();   // it is out before the ticket
-    __syncwarp();  // of every lane
-    unsigned *ticket = args.tickets + task.sequence * args.cache.num_kv_heads + task.kv_head;
+    for (int f = 0; f < kDimGroups; ++f)
+        *reinterpret_cast<float2 *>(to + f * 8 + 2 * q) =
+            make_float2(state.values[f][0], state.values[f][1]);
+    if (q == 0) *reinterpret_cast<float2 *>(to + kTileCols) = make_float2(state.max, state.sum);
+}
+
+// Whether this warp is the last of its row's to come here.
+static __device__ __forceinline__ bool is_last_of_row(const AttentionArguments &args, const Task &task) {
+    fence_gpu();   // this lane's segments are out before the ticket
+    __syncwarp();  // and every lane's
     int is_last = 0;
-    if (lane == 0) {
-        is_last = atomicAdd(ticket, 1) == (unsigned)task.num_segments - 1;
+    if (threadIdx.x % kWarp == 0) {
+        unsigned *ticket = args.tickets + task.sequence * args.cache.num_kv_heads + task.kv_head;
+        is_last = atomicAdd(ticket, 1) == (unsigned)task.num_tasks - 1;
         if (is_last) *ticket = 0;
     }
     is_last = __shfl_sync(kFullWarp, is_last, 0);
     fence_gpu();  // the other warps' segments after their tickets
-    if (!is_last || !is_row) return;
+    return is_last;
+}
+
+static __device__ __forceinline__ void fold_segments(RowState &row, const float *segments,
+                                                     int num_segments) {
+    int q = (int)threadIdx.x % 4;
 #pragma unroll 1
-    for (int i = 0; i < task.num_segments; ++i) {
+    for (int i = 0; i < num_segments; ++i) {
         const float *from = segments + i * kPartialColumns;
         RowState part;
 #pragma unroll
@@ -298,26 +157,65 @@ static __device__ __forceinline__ void join_segments(RowState &state, const Atte
         float2 v = __ldcg(reinterpret_cast<const float2 *>(from + kTileCols));
         part.max = v.x, part.sum = v.y;
         if (i == 0) {
-            state = part;
+            row = part;
         } else {
-            state.fold(part);
+            row.fold(part);
         }
     }
-    write_row(state, args, task, head);
+}
+
+static __device__ __forceinline__ void attend(const AttentionArguments &args, PieceSource &source,
+                                              PiecePlace &place, const Task &task) {
+    int lane = (int)threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
+    int group = args.num_heads / args.cache.num_kv_heads;
+    bool is_row = g < group;
+    int head = task.kv_head * group + (is_row ? g : 0);  // rows beyond repeat the first
+    size_t row_index = (size_t)task.sequence * args.num_heads + head;
+    float *segments = args.segments + row_index * args.max_segments * kPartialColumns;
+    uint32_t query[kDimSteps][2];
+#pragma unroll
+    for (int s = 0; s < kDimSteps; ++s) {
+        query[s][0] = load_pair(args.q + row_index * kTileCols + s * NUMERICS_STEP + 2 * q);
+        query[s][1] = load_pair(args.q + row_index * kTileCols + s * NUMERICS_STEP + 2 * q + 8);
+    }
+    RowState row, segment, tile;
+#pragma unroll 1
+    for (int i = 0; i < task.num_tiles; ++i) {
+        attend_tile(tile, source, place, query, task.num_keys(task.first_tile + i), args.scale);
+        if (i % NUMERICS_SEGMENT == 0) {
+            segment = tile;
+        } else {
+            segment.fold(tile);
+        }
+        if (i % NUMERICS_SEGMENT != NUMERICS_SEGMENT - 1 && i != task.num_tiles - 1) continue;
+        if (task.num_tasks > 1) {
+            if (is_row) store_segment(segment, segments, (task.first_tile + i) / NUMERICS_SEGMENT);
+        } else if (i < NUMERICS_SEGMENT) {
+            row = segment;
+        } else {
+            row.fold(segment);
+        }
+    }
+    if (task.num_tasks > 1) {
+        if (!is_last_of_row(args, task)) return;
+        fold_segments(row, segments, task.num_segments());
+    }
+    if (is_row) write_row(row, args, task, head);
 }
 
 static __global__ void __launch_bounds__(kThreads, 1)
     batch_attention_kernel(const __grid_constant__ AttentionArguments args) {
     extern __shared__ unsigned char raw[];
     __shared__ AttentionShared shared;
-    int warp = (int)threadIdx.x / kWarp, lane = (int)threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
+    int warp = (int)threadIdx.x / kWarp, lane = (int)threadIdx.x % kWarp;
     if (lane < kSlots) barrier_init(shared_address(&shared.full[warp][lane]), 1);
     if (lane < kSlots) barrier_init_fence();
     let_next_kernel_start();
-    wait_for_previous_kernel();
+    // The kernel before this one let it start after its own wait: the header is there, and the keys and
+    // values of earlier steps.
     deal_tasks(shared, args);
     uint32_t base = (shared_address(raw) + kAlignment - 1) / kAlignment * kAlignment;
-    int group = args.num_heads / args.cache.num_kv_heads, num_tasks = shared.first_task[args.num_seqs];
+    int num_tasks = shared.first_task[shared.num_seqs];
     // Neighbouring tasks go to different multiprocessors.
     int first = warp * (int)gridDim.x + (int)blockIdx.x, stride = kWarps * (int)gridDim.x;
     PieceSource source = {shared,
@@ -333,37 +231,17 @@ static __global__ void __launch_bounds__(kThreads, 1)
                           0,
                           {}};
     PiecePlace place;
-    if (!source.take_task()) return;
+    bool has_task = source.take_task();
+    int num_copied = 0;
 #pragma unroll 1
-    for (int i = 0; i < kSlots && source.has_piece(); ++i) source.copy_piece();
+    for (; has_task && num_copied < kSlots && source.has_piece() && source.is_old(); ++num_copied)
+        source.copy_piece();
+    wait_for_previous_kernel();
 #pragma unroll 1
-    for (int index = first; index < num_tasks; index += stride) {
-        Task task = find_task(shared, args, index);
-        bool is_row = g < group;
-        int head = task.kv_head * group + (is_row ? g : 0);  // rows beyond repeat the first
-        const bf16 *row = args.q + ((size_t)task.sequence * args.num_heads + head) * kTileCols;
-        uint32_t query[kDimSteps][2];
-#pragma unroll
-        for (int s = 0; s < kDimSteps; ++s) {
-            query[s][0] = load_pair(row + s * NUMERICS_STEP + 2 * q);
-            query[s][1] = load_pair(row + s * NUMERICS_STEP + 2 * q + 8);
-        }
-        RowState state, tile_state;
+    for (; has_task && num_copied < kSlots && source.has_piece(); ++num_copied) source.copy_piece();
 #pragma unroll 1
-        for (int i = 0; i < task.num_tiles; ++i) {
-            attend_tile(tile_state, source, place, query, task.num_keys(task.first_tile + i), args.scale);
-            if (i == 0) {
-                state = tile_state;
-            } else {
-                state.fold(tile_state);
-            }
-        }
-        if (task.num_segments > 1) {
-            join_segments(state, args, task, head, is_row);
-        } else if (is_row) {
-            write_row(state, args, task, head);
-        }
-    }
+    for (int number = first; number < num_tasks; number += stride)
+        attend(args, source, place, find_task(shared, args, number));
 }
 
 Status launch_batch_attention(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream) {
@@ -371,12 +249,9 @@ Status launch_batch_attention(const BatchStep &step, const DecodeLayer &layer, c
     args.cache = layer.cache;
     args.q = step.buffers.q;
     args.out = step.buffers.attn;
-    args.seq_lens = step.seq_lens;
-    args.block_tables = step.block_tables;
+    args.header = step.buffers.header;
     args.tickets = step.buffers.tickets;
     args.segments = step.buffers.segments;
-    args.max_blocks_per_seq = step.max_blocks_per_seq;
-    args.num_seqs = step.num_seqs;
     args.num_heads = step.problem.num_heads;
     args.max_segments = step.max_segments;
     args.tile_tokens = step.tile_tokens;

@@ -1,9 +1,9 @@
 // decode_batch_linear.cuh -- what both linear kernels of a decode batch share: wgmma with the weights as
 // its 64 rows and the tokens as its columns, fed by a ring of k tiles.
 //
-// A group is 64 weight rows, the work of one warpgroup. A stage holds one k tile of a block's groups, eight
-// strips of 1 KiB each, and of its tokens. With several ranks, rank r of a cluster takes chunks r, r +
-// ranks, .. of K.
+// A group is 64 weight rows, the work of one warpgroup. A stage holds kTiles neighbouring k tiles of a
+// block's groups and tokens: of each strip of eight rows one contiguous run, since copies of 1 KiB do not
+// reach the memory's speed. With several ranks, rank r of a cluster takes chunks r, r + ranks, .. of K.
 
 #pragma once
 #include "../common/wgmma.cuh"
@@ -18,10 +18,14 @@ constexpr int kTilesPerChunk = NUMERICS_CHUNK / kTileCols;
 constexpr int kMaxStages = 10;
 constexpr int kAlignment = 1024;  // of a swizzled tile
 
-template <int kTokens, int kGroups>
+template <int kTokens_, int kGroups_, int kTiles_>
 struct StageShape {
-    static constexpr int kWeightBytes = kGroups * kGroupBytes;
-    static constexpr int kBytes = kWeightBytes + kTokens * kTileCols * (int)sizeof(bf16);
+    static constexpr int kTokens = kTokens_, kGroups = kGroups_, kTiles = kTiles_;
+    static constexpr int kStripRun = kTiles * kStripBytes;
+    static constexpr int kTokenTileBytes = kTokens * kTileCols * (int)sizeof(bf16);
+    static constexpr int kWeightBytes = kGroups * kGroupStrips * kStripRun;
+    static constexpr int kBytes = kWeightBytes + kTiles * kTokenTileBytes;
+    static constexpr int kStagesPerChunk = kTilesPerChunk / kTiles;
 };
 
 struct Ring {
@@ -50,58 +54,69 @@ __device__ __forceinline__ void init_ring(const Ring &ring, int num_consumers) {
     }
 }
 
-// The number of k tiles of one rank, and which its i-th is.
-__device__ __forceinline__ int own_k_tiles(int k_tiles, int rank, int num_ranks) {
+// The k tiles of a stage.
+struct StageTiles {
+    int first, count;
+};
+
+// The number of stages of one rank, and which k tiles its i-th holds; a stage does not cross a chunk.
+template <typename Shape>
+__device__ __forceinline__ int own_stages(int k_tiles, int rank, int num_ranks) {
     int chunks = (k_tiles + kTilesPerChunk - 1) / kTilesPerChunk;
     if (rank >= chunks) return 0;
-    int own = (chunks - rank + num_ranks - 1) / num_ranks;
-    bool has_last = (chunks - 1) % num_ranks == rank;
-    return own * kTilesPerChunk - (has_last ? chunks * kTilesPerChunk - k_tiles : 0);
+    int last = (chunks - 1 - rank) / num_ranks;  // of the rank's chunks
+    int tiles = min(kTilesPerChunk, k_tiles - (last * num_ranks + rank) * kTilesPerChunk);
+    return last * Shape::kStagesPerChunk + (tiles + Shape::kTiles - 1) / Shape::kTiles;
 }
-__device__ __forceinline__ int k_tile_of(int i, int rank, int num_ranks) {
-    return (i / kTilesPerChunk * num_ranks + rank) * kTilesPerChunk + i % kTilesPerChunk;
+template <typename Shape>
+__device__ __forceinline__ StageTiles tiles_of_stage(int i, int k_tiles, int rank, int num_ranks) {
+    int chunk = i / Shape::kStagesPerChunk * num_ranks + rank;
+    int first = chunk * kTilesPerChunk + i % Shape::kStagesPerChunk * Shape::kTiles;
+    return {first, min(Shape::kTiles, k_tiles - first)};
 }
 
-// Weights of one k tile into a stage, a strip per lane, by a whole warp; the stage's tokens are expected
-// too. group_data(g) is group g's first strip.
-template <int kTokens, int kGroups, typename GroupData>
-static __device__ __forceinline__ void copy_weights(const Ring &ring, int stage, int k_tiles, int k_tile,
-                                                    uint64_t policy, GroupData group_data) {
-    using Shape = StageShape<kTokens, kGroups>;
+// Weights into a stage, a strip per lane, by a whole warp; the stage's tokens are expected too.
+// group_data(g) is group g's first strip.
+template <typename Shape, typename GroupData>
+static __device__ __forceinline__ void copy_weights(const Ring &ring, int stage, int k_tiles,
+                                                    StageTiles tiles, uint64_t policy,
+                                                    GroupData group_data) {
+    constexpr int kStrips = Shape::kGroups * kGroupStrips;
     int lane = (int)threadIdx.x % kWarp;
     uint32_t full = shared_address(&ring.full[stage]);
-    if (lane == 0) barrier_arrive_expect(full, Shape::kBytes);
+    if (lane == 0)
+        barrier_arrive_expect(full, tiles.count * (kStrips * kStripBytes + Shape::kTokenTileBytes));
     __syncwarp();  // the bytes are expected before the first arrive
-    if (lane < kGroups * kGroupStrips) {
+    if (lane < kStrips) {
         const bf16 *from = group_data(lane / kGroupStrips) +
-                           ((size_t)(lane % kGroupStrips) * k_tiles + k_tile) * kStripValues;
-        copy_bulk_with_policy(ring.base + stage * Shape::kBytes + lane * kStripBytes, from, kStripBytes,
-                              full, policy);
+                           ((size_t)(lane % kGroupStrips) * k_tiles + tiles.first) * kStripValues;
+        copy_bulk_with_policy(ring.base + stage * Shape::kBytes + lane * Shape::kStripRun, from,
+                              tiles.count * kStripBytes, full, policy);
     }
 }
 
-template <int kTokens, int kGroups>
+template <typename Shape>
 static __device__ __forceinline__ void copy_tokens(const Ring &ring, int stage, const bf16 *tokens,
-                                                   int k_tile) {
-    using Shape = StageShape<kTokens, kGroups>;
-    constexpr int kValues = kTokens * kTileCols;
+                                                   StageTiles tiles) {
     if (threadIdx.x % kWarp != 0) return;
-    copy_bulk(ring.base + stage * Shape::kBytes + Shape::kWeightBytes, tokens + (size_t)k_tile * kValues,
-              kValues * (int)sizeof(bf16), shared_address(&ring.full[stage]));
+    copy_bulk(ring.base + stage * Shape::kBytes + Shape::kWeightBytes,
+              tokens + (size_t)tiles.first * Shape::kTokens * kTileCols,
+              tiles.count * Shape::kTokenTileBytes, shared_address(&ring.full[stage]));
 }
 
 // One chunk of `count` k tiles by one warpgroup: acc becomes its chain, 64 rows x kTokens.
-template <int kTokens, int kGroups>
-static __device__ __forceinline__ void multiply_chunk(float (&acc)[kTokens / 2], const Ring &ring,
+template <typename Shape>
+static __device__ __forceinline__ void multiply_chunk(float (&acc)[Shape::kTokens / 2], const Ring &ring,
                                                       RingPlace &place, int group, int count,
                                                       bool is_elected) {
-    using Shape = StageShape<kTokens, kGroups>;
     int previous = 0;
     for (int i = 0; i < count; ++i) {
-        barrier_wait(shared_address(&ring.full[place.stage]), place.parity);
+        int tile = i % Shape::kTiles;
+        if (tile == 0) barrier_wait(shared_address(&ring.full[place.stage]), place.parity);
         uint32_t at = ring.base + place.stage * Shape::kBytes;
-        uint64_t weights = matrix_descriptor(at + group * kGroupBytes);
-        uint64_t tokens = matrix_descriptor(at + Shape::kWeightBytes);
+        uint64_t weights = matrix_descriptor(
+            at + group * kGroupStrips * Shape::kStripRun + tile * kStripBytes, Shape::kStripRun);
+        uint64_t tokens = matrix_descriptor(at + Shape::kWeightBytes + tile * Shape::kTokenTileBytes);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kTileCols / NUMERICS_STEP; ++step) {
@@ -109,10 +124,12 @@ static __device__ __forceinline__ void multiply_chunk(float (&acc)[kTokens / 2],
             wgmma_k16(acc, weights + offset, tokens + offset, i + step > 0);
         }
         wgmma_commit();
-        wgmma_wait<1>();  // the previous tile is read: its stage may be filled again
-        if (is_elected && i > 0) barrier_arrive(shared_address(&ring.empty[previous]));
-        previous = place.stage;
-        place.advance(ring);
+        wgmma_wait<1>();  // the previous tile is read: with it, perhaps, its stage
+        if (is_elected && tile == 0 && i > 0) barrier_arrive(shared_address(&ring.empty[previous]));
+        if (tile == Shape::kTiles - 1 || i == count - 1) {
+            previous = place.stage;
+            place.advance(ring);
+        }
     }
     wgmma_wait<0>();
     if (is_elected) barrier_arrive(shared_address(&ring.empty[previous]));

@@ -20,9 +20,22 @@ struct NormArguments {
     float eps;
     bf16 *residual;
     bf16 *normed;
-    const bf16 *table;  // packed embedding, or null: the residual is there
-    const int32_t *ids;
+    BatchHeader *header;
+    // The first norm of a step alone, which looks up the embedding and writes the header:
+    const bf16 *table;  // packed embedding, or null
+    const int32_t *ids, *seq_lens, *block_tables;
+    int max_blocks_per_seq, num_seqs;
 };
+
+static __device__ __forceinline__ void write_header(const NormArguments &args) {
+    int thread = (int)threadIdx.x;
+    static_assert(kThreads >= kBatchMaxSeqs, "a thread per sequence");
+    args.header->lengths[thread] = thread < args.num_seqs ? args.seq_lens[thread] : 0;
+    if (thread != 0) return;
+    args.header->num_seqs = args.num_seqs;
+    args.header->max_blocks_per_seq = args.max_blocks_per_seq;
+    args.header->block_tables = args.block_tables;
+}
 
 static __global__ void __launch_bounds__(kThreads) batch_norm_kernel(NormArguments args) {
     __shared__ float warp_sums[kThreads / kWarp];
@@ -35,7 +48,13 @@ static __global__ void __launch_bounds__(kThreads) batch_norm_kernel(NormArgumen
     }
     let_next_kernel_start();
     wait_for_previous_kernel();
-    int id = args.table != nullptr ? args.ids[token] : 0;
+    int id = 0;
+    if (args.table != nullptr) {
+        id = args.ids[token];
+        if (token == 0) write_header(args);
+    } else if (token >= args.header->num_seqs) {
+        return;
+    }
     bf16 *row = args.residual + (size_t)token * hidden;
     float sum = 0.0f;
 #pragma unroll
@@ -69,7 +88,8 @@ static __global__ void __launch_bounds__(kThreads) batch_norm_kernel(NormArgumen
     }
 }
 
-static Status launch_norm(const BatchStep &step, const bf16 *weight, bool embed, cudaStream_t stream) {
+static Status launch_norm(const BatchStep &step, const bf16 *weight, const BatchIndex *batch,
+                          cudaStream_t stream) {
     const DecodeProblem &p = step.problem;
     if (p.hidden_size > kMaxRounds * kThreads * kVector)
         return fail(STATUS_INVALID_ARGUMENT, "hidden_size must be at most %d, got %d",
@@ -82,17 +102,25 @@ static Status launch_norm(const BatchStep &step, const bf16 *weight, bool embed,
     args.eps = p.eps;
     args.residual = step.buffers.residual;
     args.normed = step.buffers.normed;
-    args.table = embed ? static_cast<const bf16 *>(p.embed_tokens.data) : nullptr;
-    args.ids = step.input_ids;
-    return launch_chained(batch_norm_kernel, dim3((unsigned)step.num_seqs), kThreads, 0, 1, stream, args);
+    args.header = step.buffers.header;
+    if (batch != nullptr) {
+        args.table = static_cast<const bf16 *>(p.embed_tokens.data);
+        args.ids = batch->input_ids;
+        args.seq_lens = batch->seq_lens;
+        args.block_tables = batch->block_tables;
+        args.max_blocks_per_seq = batch->max_blocks_per_seq;
+        args.num_seqs = batch->num_seqs;
+    }
+    int num_blocks = batch != nullptr ? batch->num_seqs : step.bucket;
+    return launch_chained(batch_norm_kernel, dim3((unsigned)num_blocks), kThreads, 0, 1, stream, args);
 }
 
-Status launch_batch_embedding(const BatchStep &step, cudaStream_t stream) {
-    return launch_norm(step, step.problem.layers[0].input_layernorm, true, stream);
+Status launch_batch_embedding(const BatchStep &step, const BatchIndex &batch, cudaStream_t stream) {
+    return launch_norm(step, step.problem.layers[0].input_layernorm, &batch, stream);
 }
 
 Status launch_batch_norm(const BatchStep &step, const bf16 *weight, cudaStream_t stream) {
-    return launch_norm(step, weight, false, stream);
+    return launch_norm(step, weight, nullptr, stream);
 }
 
 // The best of a token's candidates, one per tile of the vocabulary; and the next step's input.
@@ -120,8 +148,12 @@ static __global__ void __launch_bounds__(kThreads)
     }
 }
 
-Status launch_batch_output(const BatchStep &step, int32_t *next_ids, bool advance, cudaStream_t stream) {
-    return launch_chained(batch_output_kernel, dim3((unsigned)step.num_seqs), kThreads, 0, 1, stream,
-                          step.buffers, batch_vocabulary_tiles(step.problem.lm_head.rows), next_ids,
-                          advance ? step.input_ids : nullptr, step.positions, step.seq_lens);
+Status launch_batch_output(const BatchStep &step, const BatchIndex &batch, bool advance,
+                           cudaStream_t stream) {
+    // Written only to advance.
+    int32_t *input_ids = advance ? const_cast<int32_t *>(batch.input_ids) : nullptr;
+    return launch_chained(batch_output_kernel, dim3((unsigned)batch.num_seqs), kThreads, 0, 1, stream,
+                          step.buffers, batch_vocabulary_tiles(step.problem.lm_head.rows),
+                          step.problem.next_ids, input_ids, const_cast<int32_t *>(batch.positions),
+                          const_cast<int32_t *>(batch.seq_lens));
 }

@@ -16,7 +16,8 @@
 constexpr int kRanks = 4;
 constexpr int kThreads = kWarpgroup + kWarp;  // the consumers, then the producer's warp
 constexpr int kStagedColumns = kGroupRows + kVector;
-constexpr int kSharedOfTwo = 110 * 1024;  // what a block may take where two share a multiprocessor
+constexpr int kSharedOfTwo = 112 * 1024;  // what a block may take where two share a multiprocessor
+constexpr int kSharedOfOne = 220 * 1024;
 
 enum SplitOutput { kQkvOutput, kResidualOutput };
 
@@ -25,20 +26,19 @@ struct SplitArguments {
     const bf16 *weights[3];       // q, k, v; or one
     int first_rows, second_rows;  // of the first two matrices, in groups of 64
     int k_tiles;
-    int num_seqs;
     int num_stages, num_buffers;
+    const BatchHeader *header;
     SplitOutput output;
     bf16 *out;  // q, or the residual
     int out_columns;
     KvLayer cache;  // from here for q, k and v alone
     const bf16 *rope_table;
-    const int32_t *seq_lens, *block_tables;
-    int max_blocks_per_seq;
 };
 
 // A round's chunk sums in the owner's memory: [kRanks][fragments][kWarpgroup] float4.
 template <int kTokens>
 struct SplitShape {
+    using Stage = StageShape<kTokens, 1, kTokens == 32 ? 4 : 2>;
     static constexpr int kFragments = kTokens / 8 / kRanks;  // of eight tokens, that a block owns
     static constexpr int kOwnTokens = kFragments * 8;
     static constexpr int kRankBytes = kFragments * kWarpgroup * 16;
@@ -67,7 +67,7 @@ static __device__ __forceinline__ void write_head(const SplitArguments &args, in
     bool is_query = group < args.first_rows;
     int kv_head = (group - args.first_rows) % args.cache.num_kv_heads;
     bool is_value = group >= args.first_rows + args.second_rows;
-    int position = args.seq_lens[token] - 1;
+    int position = args.header->lengths[token] - 1;
     uint4 low = load_vector(staged + chunk * kVector), high = load_vector(staged + kHalf + chunk * kVector);
     if (!is_value) {
         const bf16 *row = args.rope_table + (size_t)position * kTileCols + chunk * kVector;
@@ -90,7 +90,7 @@ static __device__ __forceinline__ void write_head(const SplitArguments &args, in
         return;
     }
     int block_size = args.cache.block_size, index = position / block_size;
-    int block = args.block_tables[(size_t)token * args.max_blocks_per_seq + index];
+    int block = args.header->block_tables[(size_t)token * args.header->max_blocks_per_seq + index];
     bf16 *tile = args.cache.data + kv_tile_offset(block, kv_head, args.cache.num_kv_heads, block_size) +
                  (is_value ? (size_t)block_size * kTileCols : 0);
     int offset = position - index * block_size;
@@ -107,18 +107,19 @@ static __device__ __forceinline__ void produce(const SplitArguments &args, const
     int matrix_group = third >= 0 ? third : second >= 0 ? second : row_group;
     const bf16 *group = matrix + (size_t)matrix_group * kGroupStrips * args.k_tiles * kStripValues;
     uint64_t policy = evict_first_policy();
-    int count = own_k_tiles(args.k_tiles, rank, kRanks), ahead = min(count, ring.num_stages);
+    using Stage = typename SplitShape<kTokens>::Stage;
+    int count = own_stages<Stage>(args.k_tiles, rank, kRanks), ahead = min(count, ring.num_stages);
     auto group_data = [&](int) { return group; };
+    auto tiles_of = [&](int i) { return tiles_of_stage<Stage>(i, args.k_tiles, rank, kRanks); };
     for (int i = 0; i < ahead; ++i)
-        copy_weights<kTokens, 1>(ring, i, args.k_tiles, k_tile_of(i, rank, kRanks), policy, group_data);
+        copy_weights<Stage>(ring, i, args.k_tiles, tiles_of(i), policy, group_data);
     wait_for_previous_kernel();
-    for (int i = 0; i < ahead; ++i) copy_tokens<kTokens, 1>(ring, i, tokens, k_tile_of(i, rank, kRanks));
+    for (int i = 0; i < ahead; ++i) copy_tokens<Stage>(ring, i, tokens, tiles_of(i));
     RingPlace place;
     for (int i = ahead; i < count; ++i, place.advance(ring)) {
         barrier_wait(shared_address(&ring.empty[place.stage]), place.parity);
-        int k_tile = k_tile_of(i, rank, kRanks);
-        copy_weights<kTokens, 1>(ring, place.stage, args.k_tiles, k_tile, policy, group_data);
-        copy_tokens<kTokens, 1>(ring, place.stage, tokens, k_tile);
+        copy_weights<Stage>(ring, place.stage, args.k_tiles, tiles_of(i), policy, group_data);
+        copy_tokens<Stage>(ring, place.stage, tokens, tiles_of(i));
     }
 }
 
@@ -136,9 +137,9 @@ static __device__ __forceinline__ void consume(float (&sums)[SplitShape<kTokens>
         uint32_t at = buffers + buffer * Shape::kBufferBytes, barrier = shared_address(&received[buffer]);
         float acc[kTokens / 2];
         if (chunk < num_chunks)
-            multiply_chunk<kTokens, 1>(acc, ring, place, 0,
-                                       min(kTilesPerChunk, args.k_tiles - chunk * kTilesPerChunk),
-                                       thread == 0);
+            multiply_chunk<typename Shape::Stage>(
+                acc, ring, place, 0, min(kTilesPerChunk, args.k_tiles - chunk * kTilesPerChunk),
+                thread == 0);
         __syncwarp();
         if (first == 0) cluster_wait();  // the other blocks have their barriers
         if (chunk < num_chunks) {
@@ -183,16 +184,17 @@ static __global__ void __launch_bounds__(kThreads)
     init_ring(ring, 1);
     __syncthreads();  // this block's barriers are there
     cluster_arrive();
-    let_next_kernel_start();
     if (thread >= kWarpgroup) {
         produce<kTokens>(args, ring, rank);
         __syncwarp();
         cluster_wait();
     } else {
         wait_for_previous_kernel();
+        // Not before: the attention that follows reads the cache and the header without waiting.
+        let_next_kernel_start();
+        int num_seqs = args.header->num_seqs;
         float sums[Shape::kFragments][4];
-        consume<kTokens>(sums, args, ring, base + args.num_stages * StageShape<kTokens, 1>::kBytes,
-                         received, rank);
+        consume<kTokens>(sums, args, ring, base + args.num_stages * Shape::Stage::kBytes, received, rank);
 #pragma unroll
         for (int f = 0; f < Shape::kFragments; ++f) {
 #pragma unroll
@@ -204,7 +206,7 @@ static __global__ void __launch_bounds__(kThreads)
         int per_token = args.output == kQkvOutput ? kChunksPerRow / 2 : kChunksPerRow;
         for (int i = thread; i < Shape::kOwnTokens * per_token; i += kWarpgroup) {
             int own = i / per_token, chunk = i % per_token, token = first_token + own;
-            if (token >= args.num_seqs) break;
+            if (token >= num_seqs) break;
             if (args.output == kQkvOutput) {
                 write_head(args, group, token, chunk, staged[own]);
             } else {
@@ -224,11 +226,13 @@ static Status launch_split_of(SplitArguments args, int groups, int token_tiles, 
     using Shape = SplitShape<kTokens>;
     int num_chunks = (args.k_tiles + kTilesPerChunk - 1) / kTilesPerChunk;
     args.num_buffers = num_chunks > kRanks ? 2 : 1;
-    int own = (num_chunks + kRanks - 1) / kRanks * kTilesPerChunk;
-    int room = kSharedOfTwo - kAlignment - args.num_buffers * Shape::kBufferBytes;
-    if (args.num_buffers == 2) room += kSharedOfTwo / 2;  // long rows: few blocks, one to a multiprocessor
-    args.num_stages = min(min(kMaxStages, own), room / StageShape<kTokens, 1>::kBytes);
-    size_t bytes = kAlignment + args.num_stages * StageShape<kTokens, 1>::kBytes +
+    int own = (num_chunks + kRanks - 1) / kRanks * Shape::Stage::kStagesPerChunk;
+    // Many tokens, or long rows, which are few: one block to a multiprocessor.
+    bool is_alone = kTokens == kMostTokens || args.num_buffers == 2;
+    int room =
+        (is_alone ? kSharedOfOne : kSharedOfTwo) - kAlignment - args.num_buffers * Shape::kBufferBytes;
+    args.num_stages = min(min(kMaxStages, own), room / Shape::Stage::kBytes);
+    size_t bytes = kAlignment + args.num_stages * Shape::Stage::kBytes +
                    (size_t)args.num_buffers * Shape::kBufferBytes;
     return launch_chained(batch_split_kernel<kTokens>,
                           dim3(kRanks, (unsigned)token_tiles, (unsigned)groups), kThreads, bytes, kRanks,
@@ -252,15 +256,12 @@ Status launch_batch_qkv(const BatchStep &step, const DecodeLayer &layer, cudaStr
     args.first_rows = step.problem.num_heads;
     args.second_rows = step.problem.num_kv_heads;
     args.k_tiles = num_tiles(layer.q_proj.cols);
-    args.num_seqs = step.num_seqs;
+    args.header = step.buffers.header;
     args.output = kQkvOutput;
     args.out = step.buffers.q;
     args.out_columns = layer.q_proj.rows;
     args.cache = layer.cache;
     args.rope_table = step.problem.rope_table;
-    args.seq_lens = step.seq_lens;
-    args.block_tables = step.block_tables;
-    args.max_blocks_per_seq = step.max_blocks_per_seq;
     return launch_split(step, args, step.problem.num_heads + 2 * step.problem.num_kv_heads, stream);
 }
 
@@ -272,7 +273,7 @@ static Status launch_residual(const BatchStep &step, const Matrix &weight, const
     args.first_rows = num_tiles(weight.rows);
     args.second_rows = 1;
     args.k_tiles = num_tiles(weight.cols);
-    args.num_seqs = step.num_seqs;
+    args.header = step.buffers.header;
     args.output = kResidualOutput;
     args.out = step.buffers.residual;
     args.out_columns = weight.rows;

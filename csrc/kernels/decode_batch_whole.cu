@@ -23,13 +23,16 @@ constexpr int kActColumns = kGroupRows + kVector;        // of a staged row, pad
 constexpr int kLogitColumns = kGroups * kGroupRows + 4;  // likewise
 constexpr int kSharedBytes = 226 * 1024;
 
+template <int kTokens>
+using WholeStage = StageShape<kTokens, kGroups, kTokens == kMostTokens ? 2 : 4>;
+
 struct WholeArguments {
     const bf16 *x;           // packed
     const bf16 *weights[2];  // gate and up, or the LM head and null
     int k_tiles;
     int num_groups;  // of 64 rows, of each matrix
     int num_tiles, token_tiles;
-    int num_seqs;
+    const BatchHeader *header;
     int num_stages;
     bf16 *act;      // packed; or null, and the logits are wanted
     float *logits;  // [num_seqs, vocab_size]
@@ -47,8 +50,9 @@ constexpr int staged_bytes(bool is_logits) {
 template <int kTokens>
 static __device__ __forceinline__ void produce(const WholeArguments &args, const Ring &ring) {
     uint64_t policy = evict_first_policy();
+    using Stage = WholeStage<kTokens>;
     bool has_waited = false;
-    int issued = 0;
+    int issued = 0, num_stages = own_stages<Stage>(args.k_tiles, 0, 1);
     RingPlace place;
     for (int tile = (int)blockIdx.x; tile < args.num_tiles; tile += (int)gridDim.x) {
         int row_tile = tile / args.token_tiles, token_tile = tile % args.token_tiles;
@@ -60,17 +64,18 @@ static __device__ __forceinline__ void produce(const WholeArguments &args, const
             return args.weights[is_pair ? g : 0] +
                    (size_t)group * kGroupStrips * args.k_tiles * kStripValues;
         };
-        for (int k = 0; k < args.k_tiles; ++k, ++issued, place.advance(ring)) {
+        auto tiles_of = [&](int i) { return tiles_of_stage<Stage>(i, args.k_tiles, 0, 1); };
+        for (int s = 0; s < num_stages; ++s, ++issued, place.advance(ring)) {
             if (issued >= ring.num_stages)
                 barrier_wait(shared_address(&ring.empty[place.stage]), place.parity ^ 1);
-            copy_weights<kTokens, kGroups>(ring, place.stage, args.k_tiles, k, policy, group_data);
-            if (!has_waited && (issued + 1 == ring.num_stages || k + 1 == args.k_tiles)) {
+            copy_weights<Stage>(ring, place.stage, args.k_tiles, tiles_of(s), policy, group_data);
+            if (!has_waited && (issued + 1 == ring.num_stages || s + 1 == num_stages)) {
                 // The ring is full of weights; the tokens follow.
                 wait_for_previous_kernel();
                 has_waited = true;
-                for (int i = 0; i < issued; ++i) copy_tokens<kTokens, kGroups>(ring, i, tokens, i);
+                for (int i = 0; i < issued; ++i) copy_tokens<Stage>(ring, i, tokens, tiles_of(i));
             }
-            if (has_waited) copy_tokens<kTokens, kGroups>(ring, place.stage, tokens, k);
+            if (has_waited) copy_tokens<Stage>(ring, place.stage, tokens, tiles_of(s));
         }
     }
 }
@@ -83,10 +88,10 @@ __device__ __forceinline__ float silu_and_mul(float gate, float up) {
 // The tile's activations from the staged gate and up.
 template <int kTokens>
 static __device__ __forceinline__ void write_act(const WholeArguments &args, const bf16 *staged,
-                                                 int row_tile, int token_tile, int thread) {
+                                                 int row_tile, int token_tile, int num_seqs, int thread) {
     for (int i = thread; i < kTokens * kChunksPerRow; i += kConsumers) {
         int own = i / kChunksPerRow, chunk = i % kChunksPerRow, token = token_tile * kTokens + own;
-        if (token >= args.num_seqs) break;
+        if (token >= num_seqs) break;
         float gate[kVector], up[kVector];
         unpack(gate, load_vector(staged + own * kActColumns + chunk * kVector));
         unpack(up, load_vector(staged + (kTokens + own) * kActColumns + chunk * kVector));
@@ -101,13 +106,14 @@ static __device__ __forceinline__ void write_act(const WholeArguments &args, con
 // The tile's logits, and each token's best of them; a warp per token.
 template <int kTokens>
 static __device__ __forceinline__ void write_logits(const WholeArguments &args, const float *staged,
-                                                    int row_tile, int token_tile, int thread) {
+                                                    int row_tile, int token_tile, int num_seqs,
+                                                    int thread) {
     constexpr int kLaneRows = kGroups * kGroupRows / kWarp;
     int lane = thread % kWarp, first_row = row_tile * kGroups * kGroupRows + lane * kLaneRows;
     int num_row_tiles = args.num_tiles / args.token_tiles;
     for (int own = thread / kWarp; own < kTokens; own += kConsumers / kWarp) {
         int token = token_tile * kTokens + own;
-        if (token >= args.num_seqs) break;
+        if (token >= num_seqs) break;
         float4 v = *reinterpret_cast<const float4 *>(staged + own * kLogitColumns + lane * kLaneRows);
         const float values[kLaneRows] = {v.x, v.y, v.z, v.w};
         float *to = args.logits + (size_t)token * args.vocab_size + first_row;
@@ -135,12 +141,13 @@ static __device__ __forceinline__ void consume(const WholeArguments &args, const
     bf16 *staged_act = reinterpret_cast<bf16 *>(staging) + group * kTokens * kActColumns;
     float *staged_logits = reinterpret_cast<float *>(staging) + group * kGroupRows;
     RingPlace place;
+    int num_seqs = args.header->num_seqs;
     for (int tile = (int)blockIdx.x; tile < args.num_tiles; tile += (int)gridDim.x) {
         float sum[kTokens / 2];
         for (int first = 0; first < args.k_tiles; first += kTilesPerChunk) {
             float acc[kTokens / 2];
-            multiply_chunk<kTokens, kGroups>(acc, ring, place, group,
-                                             min(kTilesPerChunk, args.k_tiles - first), member == 0);
+            multiply_chunk<WholeStage<kTokens>>(acc, ring, place, group,
+                                                min(kTilesPerChunk, args.k_tiles - first), member == 0);
 #pragma unroll
             for (int i = 0; i < kTokens / 2; ++i) sum[i] = first == 0 ? acc[i] : __fadd_rn(sum[i], acc[i]);
         }
@@ -161,9 +168,10 @@ static __device__ __forceinline__ void consume(const WholeArguments &args, const
         int row_tile = tile / args.token_tiles, token_tile = tile % args.token_tiles;
         if constexpr (kIsLogits) {
             write_logits<kTokens>(args, reinterpret_cast<const float *>(staging), row_tile, token_tile,
-                                  thread);
+                                  num_seqs, thread);
         } else {
-            write_act<kTokens>(args, reinterpret_cast<const bf16 *>(staging), row_tile, token_tile, thread);
+            write_act<kTokens>(args, reinterpret_cast<const bf16 *>(staging), row_tile, token_tile,
+                               num_seqs, thread);
         }
     }
 }
@@ -176,7 +184,7 @@ static __global__ void __launch_bounds__(kThreads, 1)
     uint32_t start = shared_address(raw);
     uint32_t base = (start + kAlignment - 1) / kAlignment * kAlignment;
     Ring ring = {base, full, empty, args.num_stages};
-    unsigned char *staging = raw + (base - start) + args.num_stages * StageShape<kTokens, kGroups>::kBytes;
+    unsigned char *staging = raw + (base - start) + args.num_stages * WholeStage<kTokens>::kBytes;
     init_ring(ring, kGroups);
     __syncthreads();  // the barriers are there
     let_next_kernel_start();
@@ -192,8 +200,8 @@ static __global__ void __launch_bounds__(kThreads, 1)
 
 template <int kTokens, bool kIsLogits>
 static Status launch_whole_of(const BatchStep &step, WholeArguments args, cudaStream_t stream) {
-    constexpr int kStageBytes = StageShape<kTokens, kGroups>::kBytes;
-    constexpr int kRoom = kSharedBytes - kAlignment - staged_bytes<kTokens>(kIsLogits) - 512;
+    constexpr int kStageBytes = WholeStage<kTokens>::kBytes;
+    constexpr int kRoom = kSharedBytes - kAlignment - staged_bytes<kTokens>(kIsLogits);
     args.num_stages = min(kMaxStages, kRoom / kStageBytes);
     size_t bytes = kAlignment + (size_t)args.num_stages * kStageBytes + staged_bytes<kTokens>(kIsLogits);
     unsigned blocks = (unsigned)min(args.num_tiles, step.num_multiprocessors);
@@ -204,7 +212,7 @@ static Status launch_whole_of(const BatchStep &step, WholeArguments args, cudaSt
 template <bool kIsLogits>
 static Status launch_whole(const BatchStep &step, WholeArguments args, int row_tiles, cudaStream_t stream) {
     args.x = step.buffers.normed;
-    args.num_seqs = step.num_seqs;
+    args.header = step.buffers.header;
     args.token_tiles = batch_token_tiles(step);
     args.num_tiles = row_tiles * args.token_tiles;
     if (step.tile_tokens == 32) return launch_whole_of<32, kIsLogits>(step, args, stream);

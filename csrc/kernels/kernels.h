@@ -232,6 +232,9 @@ typedef struct DecodeLayer {
     KvLayer cache;
 } DecodeLayer;
 
+// A backend's recorded launches of decode steps; host memory.
+typedef struct DecodeGraphs DecodeGraphs;
+
 // One whole step of a batch in which every sequence has one new token, in few launches or one. What it
 // writes is to the bit what the operations above write one after another.
 typedef struct DecodeProblem {
@@ -257,11 +260,14 @@ typedef struct DecodeProblem {
     float *logits;           // [num_seqs, vocab_size]
     int32_t *next_ids;       // [num_seqs]
     void *workspace;         // decode_workspace_bytes, zeroed once
+    DecodeGraphs *graphs;    // opened once for this problem
 } DecodeProblem;
 
 // Bytes that decode_step needs, or 0 where it does not serve such a model.
 typedef size_t DecodeWorkspaceBytes(const DecodeProblem *problem);
-typedef int DecodeMaxSeqs(void);  // most sequences of a step that decode_step takes
+typedef Status OpenDecodeGraphs(DecodeGraphs **graphs);
+typedef void CloseDecodeGraphs(DecodeGraphs *graphs);  // null allowed
+typedef int DecodeMaxSeqs(void);                       // most sequences of a step that decode_step takes
 // With `advance`, also prepares the next step where this one found its input: each sequence's arg-max
 // becomes its input id, its length and position grow by one (slot_mapping is left: this operation derives
 // slots itself).
@@ -311,6 +317,8 @@ typedef struct Kernels {
     QkvLinear *qkv_linear;
     FusedMinTokens *fused_min_tokens;
     DecodeWorkspaceBytes *decode_workspace_bytes;
+    OpenDecodeGraphs *open_decode_graphs;
+    CloseDecodeGraphs *close_decode_graphs;
     DecodeMaxSeqs *decode_max_seqs;
     DecodeStep *decode_step;
 } Kernels;
@@ -354,5 +362,7 @@ GatedLinear cuda_gated_linear;
 QkvLinear cuda_qkv_linear;
 FusedMinTokens cuda_fused_min_tokens;
 DecodeWorkspaceBytes cuda_decode_workspace_bytes;
+OpenDecodeGraphs cuda_open_decode_graphs;
+CloseDecodeGraphs cuda_close_decode_graphs;
 DecodeMaxSeqs cuda_decode_max_seqs;
 DecodeStep cuda_decode_step;

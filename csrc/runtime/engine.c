@@ -146,6 +146,7 @@ Status engine_create(const EngineModelConfig *config, const EngineOptions *optio
 Status engine_destroy(Engine *e) {
     if (!e) return STATUS_OK;
     const Kernels *k = e->model.kernels;
+    if (e->decode_graphs) k->close_decode_graphs(e->decode_graphs);
     if (k && e->model.stream) {
         for (int i = 0; e->slots && i < e->num_slots; i++)
             k->free(e->slots[i].matrix ? e->slots[i].matrix->data : *e->slots[i].vector, e->model.stream);

@@ -21,8 +21,9 @@ struct Engine {
     int32_t *greedy_arrays;      // [4, max_num_seqs]: input_ids, positions, slots, lengths of a later step
     DecodeLayer *decode_layers;  // [num_layers], what the fused step is given
     void *decode_workspace;      // and its own memory; both null where there is no such step
-    bf16 *kv_pool;               // [num_layers, num_blocks, num_kv_heads, 2, block_size, head_dim]
-    void *allocations[64];       // of the backend, beside the weights
+    DecodeGraphs *decode_graphs;
+    bf16 *kv_pool;          // [num_layers, num_blocks, num_kv_heads, 2, block_size, head_dim]
+    void *allocations[64];  // of the backend, beside the weights
     int num_allocations;
     int64_t weight_bytes, kv_bytes, workspace_bytes;
 };

@@ -56,6 +56,9 @@ Status prepare_decode(Engine *e) {
                                             layer->down_proj,       m->cache[i]};
     }
     problem.layers = e->decode_layers;
+    if (status == STATUS_OK && !e->decode_graphs)
+        status = m->kernels->open_decode_graphs(&e->decode_graphs);
+    problem.graphs = e->decode_graphs;
     if (status == STATUS_OK) m->decode = problem;
     return status;
 }

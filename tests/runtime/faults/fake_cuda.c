@@ -16,7 +16,7 @@ static long fail_at;  // the call that fails, from 1; 0: none
 static int is_sticky; // every later call fails too, as after a fault on a real device
 static cudaError_t error_code;
 static cudaError_t last_error;
-static long live;  // device allocations and streams given out and not yet back
+static long live;  // device allocations, streams and graphs given out and not yet back
 static const char *failed_call = "";
 
 EXPORT void cuda_faults_arm(long n, int code, int sticky) {
@@ -177,6 +177,45 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *fu
     (void)config, (void)function, (void)arguments;
     MAY_FAIL();
     return cudaSuccess;
+}
+
+// --- graphs
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
+    (void)stream, (void)mode;
+    MAY_FAIL();
+    return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
+    (void)stream;
+    *graph = NULL;
+    MAY_FAIL();
+    *graph = (cudaGraph_t)malloc(1);
+    ++live;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *executable, cudaGraph_t graph,
+                                 unsigned long long flags) {
+    (void)graph, (void)flags;
+    MAY_FAIL();
+    *executable = (cudaGraphExec_t)malloc(1);
+    ++live;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
+    (void)executable, (void)stream;
+    MAY_FAIL();
+    return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    if (graph) --live;
+    free(graph);
+    return outcome(__func__);
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
+    if (executable) --live;
+    free(executable);
+    return outcome(__func__);
 }
 
 // What nvcc makes of <<<...>>> and of each file of kernels.

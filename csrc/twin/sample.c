@@ -40,19 +40,26 @@ static uint64_t mass_of(const Candidates *c, float logit) {
 
 typedef uint64_t Measure(const Candidates *candidates, float logit);
 
-static uint64_t sum_from(const Candidates *c, Measure *measure, uint32_t least) {
+// Over the kept logits whose order is `first` or more and less than `end`.
+static uint64_t sum_between(const Candidates *c, Measure *measure, uint32_t first, uint64_t end) {
     uint64_t sum = 0;
-    for (int i = 0; i < c->vocab_size; i++)
-        if (order_of(c->logits[i]) >= least) sum += measure(c, c->logits[i]);
+    for (int i = 0; i < c->vocab_size; i++) {
+        uint32_t order = order_of(c->logits[i]);
+        if (order >= first && order >= c->least && order < end) sum += measure(c, c->logits[i]);
+    }
     return sum;
 }
 
 // The largest bound from which on the kept logits measure at least `target`: bit by bit from the highest.
 static uint32_t bound_for(const Candidates *c, Measure *measure, uint64_t target) {
     uint32_t bound = 0;
+    uint64_t end = 1ull << 32, above = 0;  // what is counted already: everything from `end` on
     for (uint32_t bit = 1u << 31; bit; bit >>= 1) {
-        uint32_t candidate = bound | bit;
-        if (sum_from(c, measure, candidate > c->least ? candidate : c->least) >= target) bound = candidate;
+        uint64_t sum = above + sum_between(c, measure, bound | bit, end);
+        if (sum >= target)
+            bound |= bit;
+        else
+            end = bound | bit, above = sum;
     }
     return bound;  // not below c->least: from there on is all there is
 }
@@ -93,7 +100,7 @@ static void sample_row(const void *arguments, int64_t index, void *scratch) {
     if (row->top_k > 0 && row->top_k < a->vocab_size) c.least = bound_for(&c, count_of, row->top_k);
     if (row->top_p > 0) {
         // Above a kept token there is less than top_p of the mass: the product, rounded up.
-        uint64_t total = sum_from(&c, mass_of, c.least);
+        uint64_t total = sum_between(&c, mass_of, 0, 1ull << 32);
         uint64_t target = fraction_of(total, row->top_p) + (total * row->top_p != 0);
         c.least = bound_for(&c, mass_of, target);
     }

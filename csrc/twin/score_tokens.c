@@ -26,14 +26,16 @@ static int comes_before(const float *logits, int a, int b) {
     return a < b;
 }
 
-// The first of those that come after `previous`, or of all where that is -1; -1 where there is none.
-static int next_best(const float *logits, int vocab_size, int previous) {
-    int best = -1;
-    for (int i = 0; i < vocab_size; i++)
-        if ((previous < 0 || comes_before(logits, previous, i)) &&
-            (best < 0 || comes_before(logits, i, best)))
-            best = i;
-    return best;
+// The first `count` of all in that order; -1 where there are no more.
+static void find_best(const float *logits, int vocab_size, int32_t *best, int count) {
+    for (int i = 0; i < count; i++) best[i] = -1;
+    for (int i = 0; i < vocab_size; i++) {
+        int place = count;
+        while (place > 0 && (best[place - 1] < 0 || comes_before(logits, i, best[place - 1]))) place--;
+        if (place == count) continue;
+        memmove(&best[place + 1], &best[place], (size_t)(count - 1 - place) * sizeof *best);
+        best[place] = i;
+    }
 }
 
 static void score_row(const void *arguments, int64_t index, void *scratch) {
@@ -43,19 +45,17 @@ static void score_row(const void *arguments, int64_t index, void *scratch) {
     if (row->num_logprobs < 0) return;
     const float *logits = a->logits + (size_t)index * a->vocab_size;
     int token = row->scored_id < 0 ? a->ids[index] : row->scored_id;
-    int best = next_best(logits, a->vocab_size, -1);
-    TokenScore score = {.largest = logits[best], .logit = logits[token], .rank = 1};
+    TokenScore score = {.logit = logits[token], .rank = 1};
+    find_best(logits, a->vocab_size, score.top_ids, row->num_logprobs > 0 ? row->num_logprobs : 1);
+    score.largest = logits[score.top_ids[0]];
     for (int i = 0; i < a->vocab_size; i++) {
         if (comes_before(logits, i, token)) score.rank++;
         if (isfinite(score.largest))
             score.mass +=
                 weight_of(relative_probability(logits[i], score.largest, numerics_constant(LOG2_E)));
     }
-    for (int i = 0; i < row->num_logprobs; i++) {
-        score.top_ids[i] = best;
-        score.top_logits[i] = best < 0 ? 0.0f : logits[best];
-        if (best >= 0) best = next_best(logits, a->vocab_size, best);
-    }
+    for (int i = 0; i < row->num_logprobs && score.top_ids[i] >= 0; i++)
+        score.top_logits[i] = logits[score.top_ids[i]];
     a->scores[index] = score;
 }
 

@@ -1,4 +1,5 @@
 import os
+import time
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ from verification.evidence import Score
 from verification.mutants.build import ROOT
 from verification.mutants.catalogue import CatalogueError, load_catalogue
 from verification.mutants.faults import CPU, GPU, Edit, TestedFault, load_faults
-from verification.teeth import arena, checks, trees
+from verification.teeth import arena, checks, fork_server, trees
 from verification.teeth.__main__ import main, whole_plan
 from verification.teeth.arena import ALIVE, KILLED, Answer, Cache, Result, TeethError
 from verification.teeth.checks import LEVELS
@@ -240,6 +241,41 @@ class TestTheArena:
 
         with pytest.raises(TeethError, match="gives no answer"):
             arena.run([planted], CPU, Cache(None))
+
+
+class TestTheForkServer:
+    @pytest.fixture
+    def impatient(self, monkeypatch):
+        monkeypatch.setattr(fork_server, "IDLE_SECONDS", 0.4)
+        monkeypatch.setattr(fork_server, "LOOK_SECONDS", 0.1)
+
+    def ask(self, tmp_path, monkeypatch, check) -> dict:
+        monkeypatch.setitem(fork_server.CHECKS, "check", lambda request: check())
+        request = {"tree": str(tmp_path), "check": {"kind": "check"}, "cpu": 2}
+        return fork_server._in_a_child(request)
+
+    def test_who_waits_for_ever_is_ended(self, tmp_path, monkeypatch, impatient):
+        found = self.ask(tmp_path, monkeypatch, lambda: time.sleep(60))
+
+        assert (found["status"], found["by"]) == (KILLED, "limit")
+
+    def test_who_is_slow_but_works_is_not(self, tmp_path, monkeypatch, impatient):
+        def work():
+            end = time.monotonic() + 1.2
+            while time.monotonic() < end:
+                pass
+            return {"status": ALIVE, "by": "me"}
+
+        assert self.ask(tmp_path, monkeypatch, work)["status"] == ALIVE
+
+    def test_an_error_of_the_check_is_an_answer_with_its_place(self, tmp_path, monkeypatch):
+        found = self.ask(tmp_path, monkeypatch, lambda: 1 // 0)
+
+        assert (found["status"], found["by"]) == (KILLED, "error")
+        assert "ZeroDivisionError" in found["why"] and "test_teeth.py" in found["why"]
+
+    def test_who_leaves_without_an_answer_is_broken(self, tmp_path, monkeypatch):
+        assert self.ask(tmp_path, monkeypatch, lambda: os._exit(3))["status"] == "broken"
 
 
 class TestKeys:

@@ -125,6 +125,40 @@ def load_faults(path: Path) -> tuple[TestedFault, ...]:
     return tuple(faults.values())
 
 
+# What the policy's faults are held to after their module's own tests; quickest first.
+POLICY_TESTS = (
+    "tests/engine/test_block_manager.py",
+    "tests/engine/test_running_batch.py",
+    "tests/engine/test_scheduler.py",
+    "tests/engine/test_answer_text.py",
+    "tests/engine/test_llm_engine.py",
+    "tests/system/test_schedule_transparency.py",
+)
+
+
+def load_policy(path: Path, root: Path) -> tuple[TestedFault, ...]:
+    """Reads policy.toml: [[mutant]] entries whose file is below engine/, with tests of no own.
+
+    Raises:
+        CatalogueError: an entry has unknown or missing fields.
+    """
+    if not path.exists():
+        return ()
+    faults = []
+    for entry in tomllib.loads(path.read_text(encoding="utf-8")).get("mutant", []):
+        own = f"tests/engine/test_{Path(entry['file']).stem}.py"
+        asked = [own, *POLICY_TESTS] if (root / own).exists() else POLICY_TESTS
+        fields_here = entry | {
+            "file": f"engine/{entry['file']}",
+            "tests": tuple(dict.fromkeys(asked)),
+        }
+        try:
+            faults.append(TestedFault(**fields_here))
+        except TypeError as error:
+            raise CatalogueError(f"fault {entry.get('id')}: {error}") from error
+    return tuple(faults)
+
+
 def check_edits_apply(named: Iterable[tuple[str, Edit]], root: Path) -> None:
     """Tries every edit against the sources.
 

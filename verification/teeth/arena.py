@@ -275,7 +275,6 @@ class _Server:
             "pristine": str(pristine.root),
             "check": check.request,
             "cpu": check.cpu,
-            "wall": check.wall,
         }
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()

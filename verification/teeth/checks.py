@@ -41,14 +41,13 @@ class Check:
         kind: VERIFY, BITS or TESTS.
         label: its column of the matrix.
         arguments: those of verification.teeth.fork_server.
-        cpu, wall: seconds of processor and of time; a fault that runs past either is killed.
+        cpu: seconds of processor; a fault that runs past them is killed.
     """
 
     kind: str
     label: str
     arguments: tuple[tuple[str, Any], ...]
     cpu: int
-    wall: int
 
     @property
     def request(self) -> dict[str, Any]:
@@ -67,17 +66,17 @@ class Check:
 
 def verify(model: str = DEFAULT_MODEL, prompts: str = DEFAULT_PROMPTS) -> Check:
     """The suite against transformers."""
-    return Check(VERIFY, "verify", (("model", model), ("prompts", prompts)), 20, 80)
+    return Check(VERIFY, "verify", (("model", model), ("prompts", prompts)), 20)
 
 
 def bits(model: str = DEFAULT_MODEL, prompts: str = DEFAULT_PROMPTS) -> Check:
     """Every tap's bits against those without the fault."""
-    return Check(BITS, "bits", (("model", model), ("prompts", prompts)), 20, 80)
+    return Check(BITS, "bits", (("model", model), ("prompts", prompts)), 20)
 
 
 def tests(*paths: str, label: str | None = None, cpu: int = 40) -> Check:
     """Tests of the tree, up to the first that fails."""
-    return Check(TESTS, label or paths[0], (("tests", paths),), cpu, 3 * cpu)
+    return Check(TESTS, label or paths[0], (("tests", paths),), cpu)
 
 
 # Where a source is tested, when not in the file of its name under tests/.

@@ -29,7 +29,8 @@ GPU_ONLY = ("csrc/kernels/kernels.h", "csrc/kernels/no_cuda.c", "csrc/model/deco
 
 # What reads files, text and the C library; the rest of engine/ is policy: what is run, and when.
 NOT_POLICY = {
-    *("__init__", "__main__", "bindings", "checkpoint", "config", "config_fields", "errors"),
+    *("__init__", "__main__", "bench", "bench_command", "bindings", "checkpoint", "config"),
+    *("config_fields", "errors", "foreign"),
     *("json_file", "models", "ops", "safetensors_file", "source_stamp", "tap", "tokenizer"),
 }
 

@@ -40,7 +40,7 @@ class Keys:
         if check.kind == TESTS:
             paths = tuple(test.partition("::")[0] for test in check.request["tests"])
             tested = self._hash(paths) + self._hash(("tests/",))
-        return _sha256("answer", self._hash(PRODUCT), tested, edit, asdict(check))
+        return _sha256("answer", self._hash(PRODUCT), tested, edit, check.request)
 
     def _hash_of(self, paths: tuple[str, ...]) -> str:
         """Of every file at or below these paths; of "tests/" only what tests share."""

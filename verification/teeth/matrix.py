@@ -75,7 +75,8 @@ class Row:
                 return killer.named[0] == expected[0]
             return killer.named == expected
         if self.planted.group != GENERATED:
-            return killer.label == self.planted.checks[0].label
+            is_first = killer.label == self.planted.checks[0].label
+            return is_first or (None if not self.planted.has_own else False)
         if killer.label == VERIFY:
             operators = [o.name for o in OPERATIONS.values() if o.twin_file == self._file]
             return killer.named[0] in operators if operators and killer.named else None

@@ -4,7 +4,7 @@ Brings them into one form, each with its checks; knows nothing of how they are r
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from verification.mutants.catalogue import (
@@ -22,13 +22,15 @@ from verification.mutants.faults import (
     TestedFault,
     check_edits_apply,
     load_faults,
+    load_policy,
     missing_tests,
 )
 from verification.teeth import checks
 from verification.teeth.checks import Check
 
 CATALOGUE, MUSEUM, GENERATED = "hand", "museum", "generated"
-FAULT_FILES = ("policy.toml", "sampling.toml", "runtime.toml", "kernels.toml")
+FAULT_FILES = ("sampling.toml", "runtime.toml", "kernels.toml")
+POLICY_PATH = HERE / "policy.toml"
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Planted:
         wants_all: whether every check is run, or only up to the first that fails.
         expected: (operator, tap, layer) to be named first; None where tests find it.
         dies_at: the level at which it has to die.
+        has_own: whether the first check is the one that must fail.
         is_legal: the numbers are as right as before: only bits may notice.
     """
 
@@ -53,6 +56,7 @@ class Planted:
     wants_all: bool = False
     expected: tuple[str, str, int] | None = None
     dies_at: str = "operator"
+    has_own: bool = True
     is_legal: bool = False
     source: str = ""
 
@@ -92,10 +96,14 @@ def from_tested(fault: TestedFault, group: str = CATALOGUE) -> Planted:
 def hand_made(root: Path) -> list[Planted]:
     """The catalogue, and every other file of faults that is there."""
     faults = [fault for name in FAULT_FILES for fault in load_faults(HERE / name)]
-    if missing := missing_tests(faults, root):
+    policy = load_policy(POLICY_PATH, root)
+    if missing := missing_tests([*faults, *policy], root):
         raise CatalogueError(f"no such tests: {', '.join(missing)}")
     planted = [from_mutant(mutant) for mutant in load_catalogue(CATALOGUE_PATH)]
-    return planted + [from_tested(fault) for fault in faults]
+    planted += [from_tested(fault) for fault in faults]
+    # A schedule's fault may show in any of the tests that drive the schedule: none has to be first.
+    anywhere = [replace(from_tested(each), dies_at="system", has_own=False) for each in policy]
+    return planted + anywhere
 
 
 def check_plan(planted: Sequence[Planted], root: Path) -> None:

@@ -12,16 +12,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from engine.errors import InvalidArgument
 
 NO_PREFIX = 0  # the parent of a first block
+BYTES_PER_ID = 4
+
+Items = Sequence[int] | np.ndarray
 
 
 class PrefixKey(NamedTuple):
     """What a cached block is found by: equal keys mean equal tokens from position 0 on."""
 
     parent: int  # content id of the block before it, or NO_PREFIX
-    token_ids: tuple[int, ...]  # all of the block's
+    token_ids: bytes  # all of the block's, int32: compared at once, and hashed once
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class BlockManager:
         block_table.append(self._take())
         return True
 
-    def cache(self, block_table: list[int], index: int, token_ids: Sequence[int]) -> None:
+    def cache(self, block_table: list[int], index: int, token_ids: Items) -> None:
         """Declare block `index` of a table full and computed, so that others may share it.
 
         Where a block of the same content is cached already, it takes this one's place in the table:
@@ -105,14 +110,14 @@ class BlockManager:
         Args:
             block_table: may be changed at `index`.
             index: position in the table.
-            token_ids: the block's tokens, block_size of them.
+            token_ids: the block's tokens, [block_size].
         """
         if not self.enable_prefix_caching:
             return
         assert len(token_ids) == self.block_size, "only full blocks are cached"
         parent = self._content_ids[block_table[index - 1]] if index else NO_PREFIX
         assert index == 0 or parent != NO_PREFIX, "blocks are cached in order"
-        key = PrefixKey(parent, tuple(token_ids))
+        key = PrefixKey(parent, np.asarray(token_ids, np.int32).tobytes())
         block = block_table[index]
         twin = self._cached.get(key)
         if twin is None:
@@ -160,7 +165,7 @@ class BlockManager:
         assert len(by_content) == len(self._cached), "a content id is used twice"
         place = {block: i for i, block in enumerate(self._free)}
         for key, block in self._cached.items():
-            assert len(key.token_ids) == self.block_size
+            assert len(key.token_ids) == self.block_size * BYTES_PER_ID
             if key.parent == NO_PREFIX:
                 continue
             parent = by_content.get(key.parent)
@@ -172,8 +177,9 @@ class BlockManager:
         """The cached blocks of the longest prefix that leaves at least one token."""
         hits: list[int] = []
         parent = NO_PREFIX
+        ids = np.asarray(token_ids, np.int32)
         for start in range(0, len(token_ids) - self.block_size, self.block_size):
-            key = PrefixKey(parent, tuple(token_ids[start : start + self.block_size]))
+            key = PrefixKey(parent, ids[start : start + self.block_size].tobytes())
             block = self._cached.get(key)
             if block is None:
                 break

@@ -163,10 +163,10 @@ class RunningBatch:
         self.num_full[:count] = num_full
         return filled
 
-    def block_token_ids(self, sequence: Sequence, index: int) -> list[int]:
+    def block_token_ids(self, sequence: Sequence, index: int) -> np.ndarray:
         """The tokens of one full block."""
         start = index * self.block_size
-        return self.token_ids[sequence.row, start : start + self.block_size].tolist()
+        return self.token_ids[sequence.row, start : start + self.block_size]
 
     def check_integrity(self) -> None:
         """Assert that rows and sequences agree."""

@@ -157,6 +157,27 @@ def test_the_answers_of_one_request_are_drawn_each_for_itself(tokenizer):
     assert len({answer.token_ids for answer in output.outputs}) == 3
 
 
+def test_penalties_count_each_token_of_the_answer(tokenizer):
+    """A schedule cannot show this: a request that forgets its tokens does so alone, too."""
+    engine = make(tokenizer, b"aab" + b"c" * 9)
+    seen = []
+    works = engine.runner.forward
+
+    def watched(batch, *, sampling, wants_logits):
+        seen.append(
+            {} if sampling is None else dict(sampling.edits[["token_id", "count"]].tolist())
+        )
+        return works(batch, sampling=sampling, wants_logits=wants_logits)
+
+    engine.runner.forward = watched
+    params = SamplingParams(temperature=0, max_tokens=4, frequency_penalty=0.5)
+    engine.add_request("r", PROMPT, params, stream=False)
+    run(engine)
+
+    a, b = b"ab"
+    assert seen == [{}, {a: 1}, {a: 2}, {a: 2, b: 1}]
+
+
 def test_abort_tells_what_was_answered_and_unknown_names_are_no_error(tokenizer):
     engine = make(tokenizer, b"abcdef")
     engine.add_request("r", PROMPT, GREEDY)

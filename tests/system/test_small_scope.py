@@ -160,7 +160,7 @@ def picture(state: tuple) -> tuple:
     names: dict[int, int] = {}
     prefixes = {}  # content id -> all tokens up to the block's end; parents are older
     for key, block in sorted(manager._cached.items(), key=lambda i: manager._content_ids[i[1]]):
-        prefix = prefixes.get(key.parent, ()) + key.token_ids
+        prefix = prefixes.get(key.parent, b"") + key.token_ids
         prefixes[manager._content_ids[block]] = prefix
 
     def look(block: int) -> tuple:

@@ -11,6 +11,8 @@ from engine.batch import Batch
 from engine.sampling import EDIT, NO_LOGPROBS, ROW, SamplingBatch
 from engine.sequence import Sequence
 
+NARROW = 64  # columns of block tables that are copied whole: 64 KB for 256 sequences
+
 
 class RunningBatch:
     """Rows for up to max_num_seqs sequences of up to max_seq_len tokens."""
@@ -102,7 +104,8 @@ class RunningBatch:
             every: rows that want the logits of each of their tokens.
 
         Returns:
-            A batch; block_tables is a view of this object's array.
+            A batch; block_tables is no wider than the longest table in use needs, rounded up to a
+            power of two, where whole rows would be most of what a step copies.
         """
         count = self.num_seqs
         computed = self.num_computed[:count]
@@ -132,9 +135,16 @@ class RunningBatch:
             slot_mapping=slots,
             cu_seqlens_q=cu_seqlens_q,
             seq_lens=computed + num_new,
-            block_tables=self.block_tables[:count],
+            block_tables=np.ascontiguousarray(self.block_tables[:count, : self._width(count)]),
             logits_indices=logits_indices,
         )
+
+    def _width(self, count: int) -> int:
+        """Columns of block_tables for the first rows, so that few widths come up."""
+        if self.block_tables.shape[1] <= NARROW:
+            return self.block_tables.shape[1]
+        used = int(self.num_slots[:count].max()) >> self._block_shift
+        return min(1 << (used - 1).bit_length(), self.block_tables.shape[1])
 
     def sampling(self, rows: np.ndarray) -> SamplingBatch | None:
         """How these rows' next tokens are chosen; None: all by arg-max."""

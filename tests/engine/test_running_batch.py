@@ -1,9 +1,11 @@
 """The arrays updated in place lay out what build_batch makes of the same sequences."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import engine.running_batch
 from engine.batch import SequenceSlice, build_batch
 from engine.running_batch import RunningBatch
 from engine.sequence import Sequence
@@ -63,6 +65,21 @@ def test_any_step_is_laid_out_as_from_scratch(drawn, removed):
     for row, end in enumerate(batch.seq_lens.tolist()):
         used = -(-end // B)
         assert (batch.block_tables[row, :used] == expected.block_tables[row, :used]).all()
+
+
+@pytest.mark.parametrize(("num_tokens", "width"), [(4, 1), (5, 2), (12, 4), (16, 4), (17, 5)])
+def test_tables_are_as_wide_as_the_longest_needs(monkeypatch, num_tokens: int, width: int):
+    monkeypatch.setattr(engine.running_batch, "NARROW", 0)
+    running = RunningBatch(4, 5 * B, B)  # 5 blocks at most
+    for length in (2, num_tokens):
+        item = Sequence(str(length), list(range(length)), 5 * B)
+        item.block_table = list(range(-(-length // B)))
+        running.add(item, 0)
+
+    batch = running.lay_out(running.num_tokens[:2].copy(), None)
+
+    assert batch.block_tables.shape == (2, width)
+    assert batch.block_tables[1, : -(-num_tokens // B)].tolist() == item.block_table
 
 
 def test_the_logits_of_some_rows_and_of_every_token_of_others():

@@ -11,6 +11,7 @@ from engine.batch import Batch
 from engine.sampling import EDIT, NO_LOGPROBS, ROW, SamplingBatch
 from engine.sequence import Sequence
 
+_NO_EDITS = np.zeros(0, EDIT)
 NARROW = 64  # columns of block tables that are copied whole: 64 KB for 256 sequences
 
 
@@ -150,16 +151,17 @@ class RunningBatch:
         """How these rows' next tokens are chosen; None: all by arg-max."""
         if self.num_sampled == 0 or len(rows) == 0:
             return None
-        samplers = self.samplers[rows]
+        samplers = self.samplers.take(rows)  # indexing by rows: 20 us for 256, take: 2
         samplers["position"] = self.num_tokens[rows]
-        edits = [np.zeros(0, EDIT)]
+        edits = [_NO_EDITS]
         for place, row in enumerate(rows.tolist() if self.num_edited else ()):
             sampler = self.sequences[row].sampler
             if sampler is not None and sampler.num_edits:
                 samplers["num_edits"][place] = sampler.num_edits
                 edits.append(sampler.edits.view(EDIT)[:, 0])
         most = int(samplers["num_logprobs"].max())
-        return SamplingBatch(samplers, np.concatenate(edits), None if most == NO_LOGPROBS else most)
+        edits_of_all = np.concatenate(edits) if len(edits) > 1 else _NO_EDITS
+        return SamplingBatch(samplers, edits_of_all, None if most == NO_LOGPROBS else most)
 
     def filled_blocks(self) -> list[tuple[Sequence, int]]:
         """Blocks that became full since the last call, as (sequence, index), in order."""

@@ -104,6 +104,33 @@ class Ops:
             *weight.shape,
         )
 
+    def linear_add(self, x: np.ndarray, weight: np.ndarray, residual: np.ndarray) -> np.ndarray:
+        """The sum of residual [num_tokens, out_features] and linear(x, weight); "cuda" only."""
+        out = np.empty((len(x), len(weight)), np.uint16)
+        _same("residual", residual.shape, out.shape)
+        return self._fused("op_linear_add", out, x, weight, residual)
+
+    def gated_linear(self, x: np.ndarray, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        """The silu_and_mul of linear(x, gate) and linear(x, up); "cuda" only."""
+        out = np.empty((len(x), len(gate)), np.uint16)
+        _same("up", up.shape, gate.shape)
+        return self._fused("op_gated_linear", out, x, gate, up)
+
+    def _fused(
+        self, function: str, out: np.ndarray, x: np.ndarray, weight: np.ndarray, other: np.ndarray
+    ) -> np.ndarray:
+        _same("weight", weight.shape[1:], x.shape[1:])
+        self._call(
+            function,
+            self._bf16(out, "out"),
+            self._bf16(x, "x"),
+            self._bf16(weight, "weight"),
+            self._bf16(other, "the last input"),
+            len(x),
+            *weight.shape,
+        )
+        return out
+
     def rope_table(self, config: ModelConfig, max_positions: int) -> np.ndarray:
         """The model's table of cos and sin, [max_positions, head_dim]: cos, then sin."""
         table = np.empty((max_positions, config.head_dim), np.uint16)

@@ -303,8 +303,8 @@ FUSED = {
     "close_decode_graphs": "kernels/test_bits_decode_batch.py",
     "decode_max_seqs": "kernels/test_bits_decode_step.py",
     "decode_step": "kernels/test_bits_decode_step.py",
-    "linear_add": "system/test_fused_prefill.py",
-    "gated_linear": "system/test_fused_prefill.py",
+    "linear_add": "kernels/test_bits_fused_linear.py",
+    "gated_linear": "kernels/test_bits_fused_linear.py",
     "qkv_linear": "system/test_fused_prefill.py",
     "fused_min_tokens": "system/test_fused_prefill.py",
 }

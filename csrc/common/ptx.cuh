@@ -205,6 +205,12 @@ __device__ __forceinline__ float4 load_shared_16(uint32_t from) {
     return v;
 }
 
+__device__ __forceinline__ void store_shared_16(uint32_t to, const float *values) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(values[0]), "f"(values[1]),
+                 "f"(values[2]), "f"(values[3])
+                 : "memory");
+}
+
 __device__ __forceinline__ void store_shared_zero_16(uint32_t to) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
 }

@@ -28,6 +28,16 @@ Status op_linear(OpContext *context, uint16_t *out, const uint16_t *x, const uin
 Status op_linear_f32(OpContext *context, float *out, const uint16_t *x, const uint16_t *weight,
                      int32_t num_tokens, int32_t out_features, int32_t in_features);
 
+// Fused operations, which only DEVICE_CUDA has: to the bit what the operations they fuse give one after
+// another. out = residual + linear(x, weight); residual, out [num_tokens, out_features]; in_features
+// multiple of 64, out_features of 8.
+Status op_linear_add(OpContext *context, uint16_t *out, const uint16_t *x, const uint16_t *weight,
+                     const uint16_t *residual, int32_t num_tokens, int32_t out_features,
+                     int32_t in_features);
+// out = silu_and_mul(linear(x, gate), linear(x, up)), the same multiples.
+Status op_gated_linear(OpContext *context, uint16_t *out, const uint16_t *x, const uint16_t *gate,
+                       const uint16_t *up, int32_t num_tokens, int32_t out_features, int32_t in_features);
+
 // The table of a model: [max_positions, head_dim] bf16, first half cos, second half sin.
 Status op_rope_table(OpContext *context, uint16_t *table, const EngineModelConfig *config,
                      int32_t max_positions);

@@ -11,29 +11,26 @@
 // Cost      256 flops per row and key, and some 17 instructions: bound by the issue of those instructions
 // See       attention.cu, twin/attention.c, tests/kernels/test_bits_attention.py
 
+#include "../common/launch.cuh"
 #include "../common/wgmma.cuh"
-#include "attention.cuh"
+#include "attention_scores.cuh"
 
-constexpr int kWarpgroup = 128;
 constexpr int kWarpgroupWarps = kWarpgroup / kWarp;
-constexpr int kConsumers = 2;
+constexpr int kConsumers = 3;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
-constexpr int kProducerRegisters = 24;  // per thread; 128 x 24 + 256 x 240 of the multiprocessor's 65536
-constexpr int kConsumerRegisters = 240;
-constexpr int kConsumerRows = 64;  // rows of one wgmma
+constexpr int kProducerRegisters = 32;  // per thread; 128 x 32 + 384 x 160 are the multiprocessor's 65536
+constexpr int kConsumerRegisters = 160;
 constexpr int kBlockRows = kConsumers * kConsumerRows;
 constexpr int kQueryBytes = kConsumerRows * kHeadDim * (int)sizeof(bf16);
-constexpr int kStages = 4;
+constexpr int kStages = 3;
 constexpr int kStageBytes = 2 * kKvTileBytes;
-constexpr int kAlignment = 1024;  // of a swizzled tile
-constexpr int kSharedBytes = kConsumers * kQueryBytes + kStages * kStageBytes + kAlignment;
+constexpr int kAlignment = 1024;                                             // of a swizzled tile
+constexpr int kFoldedBytes = kConsumerRows * kHeadDim * (int)sizeof(float);  // a warpgroup's outputs
+constexpr int kSharedBytes =
+    kConsumers * (kQueryBytes + 2 * kFoldedBytes) + kStages * kStageBytes + kAlignment;
 constexpr int kRowBytes = kHeadDim * (int)sizeof(bf16);
 constexpr int kStepColumnBytes = NUMERICS_STEP * (int)sizeof(bf16);  // 16 of a tile's columns
 constexpr int kStepRowBytes = NUMERICS_STEP * kRowBytes;             // 16 of its rows
-constexpr int kScores = kConsumerRows * kTileKeys / kWarpgroup;      // of a thread
-constexpr int kOutputs = kConsumerRows * kHeadDim / kWarpgroup;
-constexpr float kInfinity = __builtin_huge_valf();
-constexpr float kSmallestExponent = -126.0f;  // below it the contract's exp2 is zero
 
 // `full` counts the producer and the bytes; `empty` every consuming warp.
 struct AttentionBarriers {
@@ -41,100 +38,20 @@ struct AttentionBarriers {
     uint64_t empty[kStages];
 };
 
-// What a warp knows of its 16 rows after some tiles: this lane's rows group and group + 8 (index `half`),
-// of their outputs out[4 f + 2 half + column] is column 8 f + 2 quad + column.
-struct RowSums {
+// What TileSums says of one tile, of some tiles folded; the outputs are in shared memory, in columns of 16
+// bytes per thread.
+struct FoldedSums {
+    uint32_t at;
     float max[2];
     float sum[2];
-    float out[kOutputs];
+
+    __device__ __forceinline__ float4 load(int f) const {
+        return load_shared_16(at + f * kWarpgroup * (int)sizeof(float4));
+    }
+    __device__ __forceinline__ void store(int f, const float4 &values) const {
+        store_shared_16(at + f * kWarpgroup * (int)sizeof(float4), &values.x);
+    }
 };
-
-// The smaller of two, NaN if either is.
-static __device__ __forceinline__ float min_or_nan(float a, float b) {
-    float result;
-    asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-    return result;
-}
-
-// contract_exp2 of an x known to be in [-126, 1): no case is special.
-static __device__ __forceinline__ float exp2_in_range(float x) {
-    const float kRoundToInteger = 12582912.0f;
-    float shifted = __fadd_rn(x, kRoundToInteger);
-    float f = __fsub_rn(x, __fsub_rn(shifted, kRoundToInteger));
-    float p = __int_as_float(EXP2_C6);
-    p = __fmaf_rn(p, f, __int_as_float(EXP2_C5));
-    p = __fmaf_rn(p, f, __int_as_float(EXP2_C4));
-    p = __fmaf_rn(p, f, __int_as_float(EXP2_C3));
-    p = __fmaf_rn(p, f, __int_as_float(EXP2_C2));
-    p = __fmaf_rn(p, f, __int_as_float(EXP2_C1));
-    p = __fmaf_rn(p, f, __int_as_float(EXP2_C0));
-    return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
-}
-
-// P of one tile as the second product takes it, and its row sums. `visible` is asked only where kIsSpecial:
-// some key is masked, or keys of a row are of very different size, or not finite.
-template <bool kIsSpecial>
-static __device__ __forceinline__ void exponentiate(uint32_t (&weights)[kKeySteps][4], RowSums &tile,
-                                                    const float (&scores)[kScores], const int (&visible)[2],
-                                                    float scale, int lane) {
-    float sum[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int f = 0; f < kKeyFragments; ++f) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float p[2];
-#pragma unroll
-            for (int column = 0; column < 2; ++column) {
-                float x = __fmaf_rn(scores[4 * f + 2 * half + column], scale, -tile.max[half]);
-                if constexpr (kIsSpecial) {
-                    int key = f * 8 + 2 * (lane % 4) + column;
-                    p[column] = key < visible[half] ? contract_exp2(x) : 0.0f;
-                } else {
-                    p[column] = exp2_in_range(x);
-                }
-            }
-            uint32_t pair = pack_bf16(p[0], p[1]);
-            weights[f / 2][f % 2 * 2 + half] = pair;
-            sum[half] = __fadd_rn(sum[half], __fadd_rn(low_float(pair), high_float(pair)));
-        }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) tile.sum[half] = quad_sum(sum[half]);
-}
-
-// One tile's scores to its P, maximum and sum. Row `half` sees the first visible[half] keys; where that is
-// none, the result is meaningless and must not be folded. `is_masked`: some row of the warp does not see
-// all.
-static __device__ __forceinline__ void soften(uint32_t (&weights)[kKeySteps][4], RowSums &tile,
-                                              const float (&scores)[kScores], const int (&visible)[2],
-                                              bool is_masked, float scale, int lane) {
-    float largest[2] = {-kInfinity, -kInfinity}, smallest[2] = {kInfinity, kInfinity};
-    bool is_in_range = !is_masked;
-    if (is_masked) {
-#pragma unroll
-        for (int i = 0; i < kScores; ++i) {
-            int half = i % 4 / 2, key = i / 4 * 8 + 2 * (lane % 4) + i % 2;
-            if (key < visible[half]) largest[half] = fmaxf(largest[half], scores[i]);
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < kScores; ++i) {
-            int half = i % 4 / 2;
-            largest[half] = fmaxf(largest[half], scores[i]);
-            smallest[half] = min_or_nan(smallest[half], scores[i]);
-        }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        tile.max[half] = __fmul_rn(quad_max(largest[half]), scale);
-        is_in_range &= __fmaf_rn(smallest[half], scale, -tile.max[half]) >= kSmallestExponent;
-    }
-    if (__all_sync(kFullWarp, is_in_range)) {
-        exponentiate<false>(weights, tile, scores, visible, scale, lane);
-    } else {
-        exponentiate<true>(weights, tile, scores, visible, scale, lane);
-    }
-}
 
 // One of a fold's two factors is exp2(0) = 1; the other depends on the difference alone.
 static __device__ __forceinline__ FoldFactors fold_row(float &max, float &sum, float new_max,
@@ -147,54 +64,80 @@ static __device__ __forceinline__ FoldFactors fold_row(float &max, float &sum, f
     return factors;
 }
 
-// Folds `next` into `state` for the rows that take part; a row's first contribution is taken as it is.
-// Without branches that part a warp: the tensor cores are at work on the next tile.
-template <bool kAll>
-static __device__ __forceinline__ void fold_halves(RowSums &state, const RowSums &next,
-                                                   const bool (&takes_part)[2]) {
+// Folds the outputs next_out(f) into `state` for the rows that take part. Without branches that part a
+// warp: the tensor cores are at work on the next tile.
+template <bool kAll, typename NextOut>
+static __device__ __forceinline__ void fold_outputs(const FoldedSums &state, const FoldFactors &low,
+                                                    const FoldFactors &high, const bool (&takes_part)[2],
+                                                    NextOut next_out) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        float max = state.max[half], sum = state.sum[half];
-        FoldFactors factors = fold_row(max, sum, next.max[half], next.sum[half]);
-        state.max[half] = kAll || takes_part[half] ? max : state.max[half];
-        state.sum[half] = kAll || takes_part[half] ? sum : state.sum[half];
-#pragma unroll
-        for (int i = 0; i < kOutputs; ++i) {
-            if (i % 4 / 2 != half) continue;
-            float value = fold_value(state.out[i], next.out[i], factors);
-            state.out[i] = kAll || takes_part[half] ? value : state.out[i];
+    for (int f = 0; f < kDimFragments; ++f) {
+        float4 old = state.load(f), next = next_out(f), folded;
+        folded.x = fold_value(old.x, next.x, low);
+        folded.y = fold_value(old.y, next.y, low);
+        folded.z = fold_value(old.z, next.z, high);
+        folded.w = fold_value(old.w, next.w, high);
+        if constexpr (!kAll) {
+            folded.x = takes_part[0] ? folded.x : old.x;
+            folded.y = takes_part[0] ? folded.y : old.y;
+            folded.z = takes_part[1] ? folded.z : old.z;
+            folded.w = takes_part[1] ? folded.w : old.w;
         }
+        state.store(f, folded);
     }
 }
 
-static __device__ __forceinline__ void fold_rows(RowSums &state, const RowSums &next, bool is_first,
-                                                 const bool (&takes_part)[2]) {
+// A row's first contribution is taken as it is.
+template <typename NextOut>
+static __device__ __forceinline__ void fold_rows(FoldedSums &state, const float (&next_max)[2],
+                                                 const float (&next_sum)[2], bool is_first,
+                                                 const bool (&takes_part)[2], NextOut next_out) {
     if (is_first) {
-        state = next;
-    } else if (__all_sync(kFullWarp, takes_part[0] && takes_part[1])) {
-        fold_halves<true>(state, next, takes_part);
+#pragma unroll
+        for (int f = 0; f < kDimFragments; ++f) state.store(f, next_out(f));
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            state.max[half] = next_max[half];
+            state.sum[half] = next_sum[half];
+        }
+        return;
+    }
+    FoldFactors factors[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        float max = state.max[half], sum = state.sum[half];
+        factors[half] = fold_row(max, sum, next_max[half], next_sum[half]);
+        state.max[half] = takes_part[half] ? max : state.max[half];
+        state.sum[half] = takes_part[half] ? sum : state.sum[half];
+    }
+    if (__all_sync(kFullWarp, takes_part[0] && takes_part[1])) {
+        fold_outputs<true>(state, factors[0], factors[1], takes_part, next_out);
     } else {
-        fold_halves<false>(state, next, takes_part);
+        fold_outputs<false>(state, factors[0], factors[1], takes_part, next_out);
     }
 }
 
 static __device__ __forceinline__ void store_rows(const AttentionProblem &problem, const Sequence &sequence,
-                                                  const RowSums &state, int kv_head, int first_row,
+                                                  const FoldedSums &state, int kv_head, int first_row,
                                                   int lane) {
+    bf16 *to[2];
+    float inverse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         int row = first_row + lane / 4 + 8 * half;
-        if (row >= sequence.num_rows(problem.group_size)) continue;
         int token = sequence.first_token + row / problem.group_size;
         int head = kv_head * problem.group_size + row % problem.group_size;
-        bf16 *to = problem.out + ((size_t)token * problem.num_heads + head) * kHeadDim + 2 * (lane % 4);
-        float inverse = __frcp_rn(state.sum[half]);
+        to[half] = problem.out + ((size_t)token * problem.num_heads + head) * kHeadDim + 2 * (lane % 4);
+        if (row >= sequence.num_rows(problem.group_size)) to[half] = nullptr;
+        inverse[half] = __frcp_rn(state.sum[half]);
+    }
 #pragma unroll
-        for (int f = 0; f < kDimFragments; ++f) {
-            *reinterpret_cast<uint32_t *>(to + f * 8) =
-                pack_bf16(__fmul_rn(state.out[4 * f + 2 * half], inverse),
-                          __fmul_rn(state.out[4 * f + 2 * half + 1], inverse));
-        }
+    for (int f = 0; f < kDimFragments; ++f) {
+        float4 out = state.load(f);
+        uint32_t low = pack_bf16(__fmul_rn(out.x, inverse[0]), __fmul_rn(out.y, inverse[0]));
+        uint32_t high = pack_bf16(__fmul_rn(out.z, inverse[1]), __fmul_rn(out.w, inverse[1]));
+        if (to[0]) *reinterpret_cast<uint32_t *>(to[0] + f * 8) = low;
+        if (to[1]) *reinterpret_cast<uint32_t *>(to[1] + f * 8) = high;
     }
 }
 
@@ -249,10 +192,10 @@ static __device__ __forceinline__ void stage_query(uint32_t to, const AttentionP
 }
 
 // One warpgroup's 64 rows from the first tile to the result.
-static __device__ __forceinline__ void attend(uint32_t query, uint32_t ring, AttentionBarriers &barriers,
-                                              const AttentionProblem &problem, const Sequence &sequence,
-                                              int kv_head, int group_row, int num_tiles_needed,
-                                              int warp_in_group, int lane) {
+static __device__ __forceinline__ void attend(uint32_t query, uint32_t folded, uint32_t ring,
+                                              AttentionBarriers &barriers, const AttentionProblem &problem,
+                                              const Sequence &sequence, int kv_head, int group_row,
+                                              int num_tiles_needed, int warp_in_group, int lane) {
     int num_rows = sequence.num_rows(problem.group_size);
     int warp_row = group_row + warp_in_group * kFragmentRows;
     int first_position = sequence.position(min(warp_row, num_rows - 1), problem.group_size);
@@ -264,7 +207,13 @@ static __device__ __forceinline__ void attend(uint32_t query, uint32_t ring, Att
     int num_tiles = group_row < num_rows ? last_position / kTileKeys + 1 : 0;
     uint64_t q = matrix_descriptor(query);
     float scores[kScores];
-    RowSums tile_sums, segment, total;
+    TileSums tile_sums;
+    FoldedSums segment = {folded}, total = {folded + kFoldedBytes};
+    auto segment_out = [&](int f) { return segment.load(f); };
+    auto tile_out = [&](int f) {
+        const float *out = &tile_sums.out[4 * f];
+        return make_float4(out[0], out[1], out[2], out[3]);
+    };
     auto wait_and_score = [&](int tile) {
         int stage = tile % kStages;
         barrier_wait(shared_address(&barriers.full[stage]), tile / kStages % 2);
@@ -304,11 +253,11 @@ static __device__ __forceinline__ void attend(uint32_t query, uint32_t ring, Att
         }
         release(tile);
         bool sees_tile[2] = {visible[0] > 0, visible[1] > 0};
-        fold_rows(segment, tile_sums, tile % NUMERICS_SEGMENT == 0, sees_tile);
+        fold_rows(segment, tile_sums.max, tile_sums.sum, tile % NUMERICS_SEGMENT == 0, sees_tile, tile_out);
         if (tile % NUMERICS_SEGMENT == NUMERICS_SEGMENT - 1 || tile + 1 == num_tiles) {
             int segment_start = tile / NUMERICS_SEGMENT * kSegmentKeys;
             bool sees_segment[2] = {low_position >= segment_start, high_position >= segment_start};
-            fold_rows(total, segment, tile < NUMERICS_SEGMENT, sees_segment);
+            fold_rows(total, segment.max, segment.sum, tile < NUMERICS_SEGMENT, sees_segment, segment_out);
         }
     }
     for (int tile = num_tiles; tile < num_tiles_needed; ++tile) {
@@ -322,6 +271,8 @@ static __global__ void __launch_bounds__(kThreads, 1)
     attention_prefill_kernel(AttentionProblem problem, bool takes_all) {
     extern __shared__ unsigned char shared[];
     __shared__ AttentionBarriers barriers;
+    let_next_kernel_start();
+    wait_for_previous_kernel();
     Sequence sequence(problem, blockIdx.y);
     if (!takes_all && fits_decode(sequence.num_new, problem.group_size)) return;  // the decode kernel's
     int num_rows = sequence.num_rows(problem.group_size);
@@ -330,7 +281,7 @@ static __global__ void __launch_bounds__(kThreads, 1)
     int first_row = ((int)(gridDim.x - 1 - blockIdx.x) / num_kv_heads) * kBlockRows;
     if (first_row >= num_rows) return;
     uint32_t query = (shared_address(shared) + kAlignment - 1) / kAlignment * kAlignment;
-    uint32_t ring = query + kConsumers * kQueryBytes;
+    uint32_t ring = query + kConsumers * kQueryBytes, folded = ring + kStages * kStageBytes;
     // From lane 0, so that the compiler knows it the same for the whole warp.
     int warp = __shfl_sync(kFullWarp, (int)threadIdx.x / kWarp, 0), lane = threadIdx.x % kWarp;
     int warpgroup = warp / kWarpgroupWarps;
@@ -353,7 +304,9 @@ static __global__ void __launch_bounds__(kThreads, 1)
         if (warp == 0) produce(ring, barriers, problem.cache, sequence, kv_head, num_tiles_needed, lane);
     } else {
         take_registers<kConsumerRegisters>();
-        attend(own_query, ring, barriers, problem, sequence, kv_head, group_row, num_tiles_needed,
+        attend(own_query,
+               folded + (warpgroup - 1) * 2 * kFoldedBytes + threadIdx.x % kWarpgroup * (int)sizeof(float4),
+               ring, barriers, problem, sequence, kv_head, group_row, num_tiles_needed,
                warp % kWarpgroupWarps, lane);
     }
 }
@@ -362,8 +315,6 @@ Status launch_attention_prefill(const AttentionProblem &problem, bool takes_all,
     int64_t max_rows = (int64_t)problem.max_seq_len_q * problem.group_size;
     dim3 grid((unsigned)((max_rows + kBlockRows - 1) / kBlockRows * problem.cache.num_kv_heads),
               (unsigned)problem.num_seqs);
-    TRY(CUDA_STATUS(cudaFuncSetAttribute(attention_prefill_kernel,
-                                         cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes)));
-    attention_prefill_kernel<<<grid, kThreads, kSharedBytes, stream>>>(problem, takes_all);
-    return CUDA_STATUS(cudaGetLastError());
+    return launch_chained(attention_prefill_kernel, grid, kThreads, kSharedBytes, 1, stream, problem,
+                          takes_all);
 }

@@ -10,6 +10,7 @@
 
 #pragma once
 #include "../common/cuda_status.h"
+#include "../common/launch.cuh"
 #include "../common/kv_tile.cuh"
 #include "../common/ptx.cuh"
 #include "../common/vector.cuh"
@@ -59,29 +60,6 @@ inline int batch_token_tiles(const BatchStep &step) {
 __device__ __forceinline__ size_t packed_row_offset(int token, int chunk, int k_tiles, int tile_tokens) {
     size_t tile = (size_t)(token / tile_tokens) * k_tiles + chunk / kChunksPerRow;
     return tile * tile_tokens * kTileCols + tile_offset(token % tile_tokens, chunk % kChunksPerRow);
-}
-
-// A launch that may begin while the previous kernel of the stream ends.
-template <typename... Parameters, typename... Arguments>
-Status launch_chained(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
-                      int cluster_size, cudaStream_t stream, const Arguments &...arguments) {
-    cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {(unsigned)cluster_size, 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = dim3((unsigned)threads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = cluster_size > 1 ? 2 : 1;
-    if (shared_bytes > 48 * 1024)
-        TRY(CUDA_STATUS(cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             (int)shared_bytes)));
-    return CUDA_STATUS(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 // The step's kernels, in the order of a layer.

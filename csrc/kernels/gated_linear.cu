@@ -7,13 +7,15 @@
 // Rounding  those of linear.cu and silu_and_mul.cu, one after the other
 // Mapping   linear_many.cuh; half of a tile's rows are gate's, half the same rows of up: a thread holds
 // both Cost      4 flops per token, row and k: bound by the tensor cores Source    transformers
-// LlamaMLP.forward See       linear.cu, silu_and_mul.cu, tests/system/test_fused_prefill.py
+// LlamaMLP.forward See       linear.cu, silu_and_mul.cu, tests/kernels/test_bits_fused_linear.py
 
 #include "linear_many.cuh"
 #include "silu.cuh"
 
 struct GateSums {
     static constexpr int kParts = 2;
+    static constexpr int kOutChunks = kRowChunks / kParts;  // of a row: gate's, and up's
+    static constexpr int kUnits = kWarpTokens * kOutChunks / kWarp;
     bf16 *out;
     int rows;
 
@@ -21,25 +23,22 @@ struct GateSums {
         return {p, row_tile * (kBlockRows / kParts)};
     }
 
-    __device__ __forceinline__ void finish(const float (&sum)[kSums], const WarpTile &tile) const {
-        constexpr int kCols = kBlockRows / kParts, kUp = kSums / kParts;
-        auto pair = [&](int i) {
-            float values[2];
+    __device__ __forceinline__ bool take(const float (&sum)[kSums], const WarpTile &tile) const {
+        stage_sums(sum, tile);
+        return true;
+    }
+
+    __device__ __forceinline__ void write(int unit, const WarpTile &tile) const {
+        int index = unit * kWarp + tile.lane, place = index / kOutChunks, chunk = index % kOutChunks;
+        int token = tile.first_token + place;
+        int row = (tile.row_tile * kOutChunks + chunk) * kChunkValues;
+        if (token >= tile.num_tokens || row >= rows) return;
+        float g[kVector], u[kVector];
+        unpack(g, *staged(tile, place, chunk));
+        unpack(u, *staged(tile, place, kOutChunks + chunk));
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                values[e] =
-                    silu_and_mul(to_float(to_bf16(sum[i + e])), to_float(to_bf16(sum[kUp + i + e])));
-            }
-            return pack_bf16(values[0], values[1]);
-        };
-#pragma unroll
-        for (int i = 0; i < kUp; i += 8)
-            stage_fragments(tile, 2 * i, pair(i), pair(i + 2), pair(i + 4), pair(i + 6));
-        take_staged<kCols>(tile, [&](int token_row, int chunk, uint4 values) {
-            int token = tile.first_token + token_row, row = tile.row_tile * kCols + chunk * kChunkValues;
-            if (token < tile.num_tokens && row < rows)
-                store_vector(out + (size_t)token * rows + row, values);
-        });
+        for (int i = 0; i < kVector; ++i) g[i] = silu_and_mul(g[i], u[i]);
+        store_vector(out + (size_t)token * rows + row, pack(g));
     }
 };
 

@@ -15,6 +15,7 @@
 template <bool kIsFloat>
 struct StoreSums {
     static constexpr int kParts = 1;
+    static constexpr int kUnits = kWarpTokens * kRowChunks / kWarp;
     void *out;  // [num_tokens, rows]
     int rows;
 
@@ -52,18 +53,22 @@ struct StoreSums {
         }
     }
 
-    __device__ __forceinline__ void finish(const float (&sum)[kSums], const WarpTile &tile) const {
-        if (kIsFloat || rows % kChunkValues != 0) {
+    __device__ __forceinline__ bool take(const float (&sum)[kSums], const WarpTile &tile) const {
+        bool is_staged = !kIsFloat && rows % kChunkValues == 0;
+        if (is_staged) {
+            stage_sums(sum, tile);
+        } else {
             store_pairs(sum, tile);
-            return;
         }
-        stage_sums(sum, tile);
-        take_staged<kBlockRows>(tile, [&](int token_row, int chunk, uint4 values) {
-            int token = tile.first_token + token_row,
-                row = tile.row_tile * kBlockRows + chunk * kChunkValues;
-            if (token < tile.num_tokens && row < rows)
-                store_vector(static_cast<bf16 *>(out) + (size_t)token * rows + row, values);
-        });
+        return is_staged;
+    }
+
+    __device__ __forceinline__ void write(int unit, const WarpTile &tile) const {
+        int index = unit * kWarp + tile.lane, place = index / kRowChunks, chunk = index % kRowChunks;
+        int token = tile.first_token + place, row = tile.row_tile * kBlockRows + chunk * kChunkValues;
+        if (token < tile.num_tokens && row < rows)
+            store_vector(static_cast<bf16 *>(out) + (size_t)token * rows + row,
+                         *staged(tile, place, chunk));
     }
 };
 

@@ -9,10 +9,14 @@
 // An Operation has
 //   kParts        a tile's rows are as many runs of rows, of up to three matrices
 //   part(tile, p) matrix and first row of run p of a tile
-//   finish(..)    takes the sums of one warp's 16 tokens: sum[4 i + e] is element e of mma_m16n8k16's d for
-//                 columns 8 i .. 8 i + 7
+//   take(..)      takes the sums of one warp's 16 tokens: sum[4 i + e] is element e of mma_m16n8k16's d for
+//                 columns 8 i .. 8 i + 7; true if it staged them, rounded, to be written later
+//   kUnits, write(unit, ..) what is staged is written in so many parts, between the next tile's products,
+//   so
+//                 that the tensor cores have work meanwhile
 
 #pragma once
+#include "../common/launch.cuh"
 #include "../common/numerics.h"
 #include "../common/ptx.cuh"
 #include "../common/tensor_copy.cuh"
@@ -41,7 +45,8 @@ constexpr int kTilesPerChunk = NUMERICS_CHUNK / kTileCols;
 constexpr int kStepsPerTile = kTileCols / NUMERICS_STEP;
 constexpr int kStepBytes = NUMERICS_STEP * (int)sizeof(bf16);
 constexpr int kMaxMatrices = 3;
-constexpr int kStagingPitch = kBlockRows * (int)sizeof(bf16) + 16;  // a fragment's rows in different banks
+constexpr int kRowChunks = kBlockRows / kChunkValues;
+constexpr int kStagingPitch = kBlockRows * (int)sizeof(bf16) + 16;
 constexpr int kStagingBytes = kConsumerWarps * kWarpTokens * kStagingPitch;
 constexpr int kStages = 5;
 constexpr int kAlignment = 1024;  // of a swizzled tile
@@ -66,7 +71,8 @@ struct PartPlace {
 
 // One warp's share of a tile: 16 tokens, and room to turn fragments into rows.
 struct WarpTile {
-    unsigned char *staging;  // 16 rows, kStagingPitch bytes apart
+    unsigned char *staging;  // 16 rows
+    int pitch;               // bytes from row to row: a fragment's rows in different banks
     int first_token;
     int num_tokens;  // of the step
     int row_tile;
@@ -95,32 +101,22 @@ static __device__ __forceinline__ TilePlace tile_place(const ManyTiles &tiles, i
 static __device__ __forceinline__ void stage_fragments(const WarpTile &tile, int column, uint32_t low0,
                                                        uint32_t high0, uint32_t low1, uint32_t high1) {
     int row = tile.lane % 16, chunk = column / kChunkValues + tile.lane / 16;
-    store_matrix_x4(shared_address(tile.staging) + row * kStagingPitch + chunk * 16, low0, high0, low1,
-                    high1);
+    store_matrix_x4(shared_address(tile.staging) + row * tile.pitch + chunk * 16, low0, high0, low1, high1);
 }
 
 // All the sums of a warp's tile, rounded.
-static __device__ __forceinline__ void stage_sums(const float (&sum)[kSums], const WarpTile &tile) {
+template <int kCount>
+static __device__ __forceinline__ void stage_sums(const float (&sum)[kCount], const WarpTile &tile) {
 #pragma unroll
-    for (int i = 0; i < kSums; i += 8) {
+    for (int i = 0; i < kCount; i += 8) {
         stage_fragments(tile, 2 * i, pack_bf16(sum[i], sum[i + 1]), pack_bf16(sum[i + 2], sum[i + 3]),
                         pack_bf16(sum[i + 4], sum[i + 5]), pack_bf16(sum[i + 6], sum[i + 7]));
     }
 }
 
-// Calls take(row, chunk, values) for every 16 bytes of the staged rows, a row's neighbours in neighbouring
-// lanes.
-template <int kCols, typename Take>
-static __device__ __forceinline__ void take_staged(const WarpTile &tile, Take take) {
-    constexpr int kChunks = kCols / kChunkValues;
-    static_assert(kWarpTokens * kChunks % kWarp == 0, "every lane takes as many chunks");
-    __syncwarp();  // every lane's fragments are staged
-#pragma unroll
-    for (int i = 0; i < kWarpTokens * kChunks / kWarp; ++i) {
-        int index = i * kWarp + tile.lane, row = index / kChunks, chunk = index % kChunks;
-        take(row, chunk, *reinterpret_cast<const uint4 *>(tile.staging + row * kStagingPitch + chunk * 16));
-    }
-    __syncwarp();  // taken, before the next tile is staged
+// 16 bytes of a staged row.
+static __device__ __forceinline__ uint4 *staged(const WarpTile &tile, int row, int chunk) {
+    return reinterpret_cast<uint4 *>(tile.staging + row * tile.pitch + chunk * 16);
 }
 
 template <typename Operation>
@@ -155,9 +151,11 @@ struct RingPlace {
     int parity = 0;
 };
 
-// Computes 64 tokens x 128 rows into `sum`.
+// Computes 64 tokens x 128 rows into `sum`; calls meanwhile() while the tensor cores work.
+template <typename Meanwhile>
 static __device__ __forceinline__ void consume(float (&sum)[kSums], uint32_t ring, ManyBarriers &barriers,
-                                               int k_tiles, int consumer, int lane, RingPlace &place) {
+                                               int k_tiles, int consumer, int lane, RingPlace &place,
+                                               Meanwhile meanwhile) {
     // A warp knows only that its own reads are over.
     auto release = [&](int stage) {
         if (lane == 0) barrier_arrive(shared_address(&barriers.empty[stage]));
@@ -179,6 +177,7 @@ static __device__ __forceinline__ void consume(float (&sum)[kSums], uint32_t rin
                 wgmma_k16(acc, tokens + offset, weights + offset, i + step > 0);
             }
             wgmma_commit();
+            meanwhile();
             wgmma_wait<1>();  // the previous tile is read: its stage may be filled again
             if (i > 0) release(previous);
             previous = place.stage;
@@ -209,6 +208,8 @@ static __global__ void __launch_bounds__(kManyThreads, 1)
         barrier_init_fence();
     }
     __syncthreads();  // the barriers are initialised before anyone arrives or waits
+    let_next_kernel_start();
+    wait_for_previous_kernel();
     if (warpgroup == 0) {
         give_registers<kProducerRegisters>();
         if (threadIdx.x == 0) produce(ring, barriers, maps, tiles, operation);
@@ -216,15 +217,24 @@ static __global__ void __launch_bounds__(kManyThreads, 1)
         take_registers<kConsumerRegisters>();
         int consumer_warp = warp - kWarpgroup / kWarp;
         RingPlace ring_place;
+        WarpTile tile = {staging + consumer_warp * kWarpTokens * kStagingPitch, 0, tiles.num_tokens, 0,
+                         lane};
+        int unit = Operation::kUnits;  // of the tile before, the next to write
+        auto write_unit = [&] {
+            if (unit < Operation::kUnits) operation.write(unit++, tile);
+        };
         for (int index = blockIdx.x; index < tiles.token_tiles * tiles.row_tiles; index += gridDim.x) {
             TilePlace place = tile_place(tiles, index);
             float sum[kSums];
-            consume(sum, ring, barriers, tiles.k_tiles, warpgroup - 1, lane, ring_place);
-            WarpTile tile = {staging + consumer_warp * kWarpTokens * kStagingPitch,
-                             place.token_tile * kBlockTokens + consumer_warp * kWarpTokens,
-                             tiles.num_tokens, place.row_tile, lane};
-            operation.finish(sum, tile);
+            consume(sum, ring, barriers, tiles.k_tiles, warpgroup - 1, lane, ring_place, write_unit);
+            while (unit < Operation::kUnits) write_unit();
+            __syncwarp();  // what was staged is written
+            tile.first_token = place.token_tile * kBlockTokens + consumer_warp * kWarpTokens;
+            tile.row_tile = place.row_tile;
+            unit = operation.take(sum, tile) ? 0 : Operation::kUnits;
+            __syncwarp();  // every lane's sums are staged
         }
+        while (unit < Operation::kUnits) write_unit();
     }
 }
 
@@ -236,27 +246,36 @@ struct ManyOperands {
     int num_weights;
 };
 
-template <typename Operation>
-static Status launch_many(const Operation &operation, const ManyOperands &operands, cudaStream_t stream) {
-    constexpr int kBoxStrips = kBlockRows / Operation::kParts / kStripRows;
-    auto *kernel = linear_many_kernel<Operation>;
-    int cols = operands.weights[0]->cols, rows = 0, device, num_multiprocessors;
-    ManyMaps maps = {};
-    TRY(encode_rows_map(&maps.tokens, operands.x, operands.num_tokens, cols, kBlockTokens));
+// The maps and tiles of a launch; each part of a tile's weight rows is one box.
+static inline Status prepare_many(ManyMaps *maps, ManyTiles *tiles, int *num_multiprocessors,
+                                  const ManyOperands &operands, int num_parts) {
+    int cols = operands.weights[0]->cols, rows = 0, device;
+    TRY(encode_rows_map(&maps->tokens, operands.x, operands.num_tokens, cols, kBlockTokens));
     for (int i = 0; i < operands.num_weights; ++i) {
         const Matrix *weight = operands.weights[i];
-        TRY(encode_strips_map(&maps.weights[i], static_cast<const bf16 *>(weight->data), weight->rows, cols,
-                              kBoxStrips));
+        TRY(encode_strips_map(&maps->weights[i], static_cast<const bf16 *>(weight->data), weight->rows,
+                              cols, kBlockRows / num_parts / kStripRows));
         rows += weight->rows;
     }
+    *tiles = {operands.num_tokens, num_tiles(cols), (operands.num_tokens + kBlockTokens - 1) / kBlockTokens,
+              (rows + kBlockRows - 1) / kBlockRows};
     TRY(CUDA_STATUS(cudaGetDevice(&device)));
-    TRY(CUDA_STATUS(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device)));
-    TRY(CUDA_STATUS(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes)));
-    ManyTiles tiles = {operands.num_tokens, num_tiles(cols),
-                       (operands.num_tokens + kBlockTokens - 1) / kBlockTokens,
-                       (rows + kBlockRows - 1) / kBlockRows};
+    return CUDA_STATUS(cudaDeviceGetAttribute(num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
+}
+
+template <typename Operation>
+static Status launch_tiles(const Operation &operation, const ManyMaps &maps, const ManyTiles &tiles,
+                           int num_multiprocessors, cudaStream_t stream) {
     int num_blocks = min(tiles.token_tiles * tiles.row_tiles, num_multiprocessors);
-    kernel<<<(unsigned)num_blocks, kManyThreads, kSharedBytes, stream>>>(maps, tiles, operation);
-    return CUDA_STATUS(cudaGetLastError());
+    return launch_chained(linear_many_kernel<Operation>, dim3((unsigned)num_blocks), kManyThreads,
+                          kSharedBytes, 1, stream, maps, tiles, operation);
+}
+
+template <typename Operation>
+static Status launch_many(const Operation &operation, const ManyOperands &operands, cudaStream_t stream) {
+    ManyMaps maps = {};
+    ManyTiles tiles;
+    int num_multiprocessors;
+    TRY(prepare_many(&maps, &tiles, &num_multiprocessors, operands, Operation::kParts));
+    return launch_tiles(operation, maps, tiles, num_multiprocessors, stream);
 }

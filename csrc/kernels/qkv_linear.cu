@@ -14,10 +14,7 @@
 #include "../common/kv_tile.cuh"
 #include "linear_many.cuh"
 
-constexpr int kHeadFragments = kTileCols / 8;
-constexpr int kPairFragments = kHeadFragments / 2;
-constexpr int kHeadSums = kTileCols / 2;  // of one head in a thread's sums
-constexpr int kRowsHeld = 2;              // token rows group and group + 8
+constexpr int kPairChunks = kChunksPerRow / 2;  // chunks of half a head
 
 static __device__ __forceinline__ float bf16_product(float a, float b) {
     return to_float(to_bf16(__fmul_rn(a, b)));
@@ -25,6 +22,7 @@ static __device__ __forceinline__ float bf16_product(float a, float b) {
 
 struct ProjectHeads {
     static constexpr int kParts = kBlockRows / kTileCols;
+    static constexpr int kUnits = kWarpTokens * kParts * kPairChunks / kWarp;
     bf16 *q;
     KvLayer cache;
     const bf16 *table;
@@ -44,24 +42,6 @@ struct ProjectHeads {
         return {matrix, head * kTileCols};
     }
 
-    // Rounds one head's sums in place and, unless it is V's, rotates them.
-    __device__ __forceinline__ void rotate(float *sum, const uint32_t (&cosine)[kRowsHeld][kPairFragments],
-                                           const uint32_t (&sine)[kRowsHeld][kPairFragments]) const {
-#pragma unroll
-        for (int f = 0; f < kPairFragments; ++f) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                uint32_t cos_pair = cosine[e / 2][f], sin_pair = sine[e / 2][f];
-                float c = e % 2 ? high_float(cos_pair) : low_float(cos_pair);
-                float s = e % 2 ? high_float(sin_pair) : low_float(sin_pair);
-                float &first = sum[4 * f + e], &second = sum[4 * (f + kPairFragments) + e];
-                float low = to_float(to_bf16(first)), high = to_float(to_bf16(second));
-                first = __fsub_rn(bf16_product(low, c), bf16_product(high, s));
-                second = __fadd_rn(bf16_product(high, c), bf16_product(low, s));
-            }
-        }
-    }
-
     __device__ __forceinline__ bf16 *place_of(int token, int head, int chunk) const {
         if (head < num_heads)
             return q + ((size_t)token * num_heads + head) * kTileCols + chunk * kChunkValues;
@@ -74,29 +54,41 @@ struct ProjectHeads {
         return tile + (is_value ? cache.block_size * kTileCols : 0) + tile_offset(offset, chunk);
     }
 
-    __device__ __forceinline__ void finish(float (&sum)[kSums], const WarpTile &tile) const {
-        int first_head = tile.row_tile * kParts, last_rotated = num_heads + cache.num_kv_heads - 1;
-        uint32_t cosine[kRowsHeld][kPairFragments], sine[kRowsHeld][kPairFragments];
-#pragma unroll
-        for (int half = 0; half < kRowsHeld; ++half) {
-            int token = min(tile.first_token + tile.lane / 4 + 8 * half, tile.num_tokens - 1);
-            const bf16 *row = table + (size_t)positions[token] * kTileCols + 2 * (tile.lane % 4);
-#pragma unroll
-            for (int f = 0; f < kPairFragments; ++f) {
-                cosine[half][f] = load_pair(row + 8 * f);
-                sine[half][f] = load_pair(row + kTileCols / 2 + 8 * f);
-            }
-        }
-#pragma unroll
-        for (int head = 0; head < kParts; ++head)
-            if (first_head + head <= last_rotated) rotate(sum + head * kHeadSums, cosine, sine);
+    __device__ __forceinline__ bool take(const float (&sum)[kSums], const WarpTile &tile) const {
         stage_sums(sum, tile);
-        int num_all = num_heads + 2 * cache.num_kv_heads;
-        take_staged<kBlockRows>(tile, [&](int token_row, int chunk, uint4 values) {
-            int token = tile.first_token + token_row, head = first_head + chunk / kChunksPerRow;
-            if (token < tile.num_tokens && head < num_all)
-                store_vector(place_of(token, head, chunk % kChunksPerRow), values);
-        });
+        return true;
+    }
+
+    // Eight columns of the first half of a head and their partners of the second.
+    __device__ __forceinline__ void write(int unit, const WarpTile &tile) const {
+        int index = unit * kWarp + tile.lane, pair = index % kPairChunks;
+        int part = index / kPairChunks % kParts, place = index / (kPairChunks * kParts);
+        int token = tile.first_token + place, head = tile.row_tile * kParts + part;
+        if (token >= tile.num_tokens || head >= num_heads + 2 * cache.num_kv_heads) return;
+        uint4 first = *staged(tile, place, part * kChunksPerRow + pair);
+        uint4 second = *staged(tile, place, part * kChunksPerRow + kPairChunks + pair);
+        if (head < num_heads + cache.num_kv_heads) {  // V is not rotated
+            const bf16 *row = table + (size_t)positions[token] * kTileCols + pair * kChunkValues;
+            rotate(first, second, load_vector(row), load_vector(row + kTileCols / 2));
+        }
+        store_vector(place_of(token, head, pair), first);
+        store_vector(place_of(token, head, kPairChunks + pair), second);
+    }
+
+    static __device__ __forceinline__ void rotate(uint4 &first, uint4 &second, uint4 cosine, uint4 sine) {
+        float low[kVector], high[kVector], c[kVector], s[kVector];
+        unpack(low, first);
+        unpack(high, second);
+        unpack(c, cosine);
+        unpack(s, sine);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+            float rotated = __fsub_rn(bf16_product(low[i], c[i]), bf16_product(high[i], s[i]));
+            high[i] = __fadd_rn(bf16_product(high[i], c[i]), bf16_product(low[i], s[i]));
+            low[i] = rotated;
+        }
+        first = pack(low);
+        second = pack(high);
     }
 };
 

@@ -10,7 +10,8 @@
 // Source    transformers LlamaRMSNorm.forward; Zhang & Sennrich, arXiv:1910.07467
 // See       twin/rms_norm.c, tests/kernels/test_bits_rms_norm.py
 
-#include "../common/cuda_status.h"
+#include "../common/launch.cuh"
+#include "../common/ptx.cuh"
 #include "../common/reduce.cuh"
 extern "C" {
 #include "kernels.h"
@@ -24,6 +25,8 @@ template <bool kAligned>
 static __global__ void __launch_bounds__(kThreads)
     rms_norm_kernel(bf16 *out, const bf16 *x, const bf16 *weight, int hidden_size, float eps) {
     __shared__ float warp_sums[kThreads / kWarp];
+    let_next_kernel_start();
+    wait_for_previous_kernel();
     const bf16 *x_row = x + (size_t)blockIdx.x * hidden_size;
     bf16 *out_row = out + (size_t)blockIdx.x * hidden_size;
     float lane_sum = 0.0f;
@@ -65,12 +68,7 @@ static __global__ void __launch_bounds__(kThreads)
 extern "C" Status cuda_rms_norm(bf16 *out, const bf16 *x, const bf16 *weight, int num_tokens,
                                 int hidden_size, float eps, Stream stream) {
     if (num_tokens == 0) return STATUS_OK;
-    if (hidden_size % kVector == 0) {
-        rms_norm_kernel<true>
-            <<<num_tokens, kThreads, 0, (cudaStream_t)stream>>>(out, x, weight, hidden_size, eps);
-    } else {
-        rms_norm_kernel<false>
-            <<<num_tokens, kThreads, 0, (cudaStream_t)stream>>>(out, x, weight, hidden_size, eps);
-    }
-    return CUDA_STATUS(cudaGetLastError());
+    auto *kernel = hidden_size % kVector == 0 ? rms_norm_kernel<true> : rms_norm_kernel<false>;
+    return launch_chained(kernel, dim3((unsigned)num_tokens), kThreads, 0, 1, (cudaStream_t)stream, out, x,
+                          weight, hidden_size, eps);
 }

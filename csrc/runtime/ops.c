@@ -106,6 +106,55 @@ Status op_linear_f32(OpContext *context, float *out, const uint16_t *x, const ui
     return linear(context, out, 1, x, weight, num_tokens, out_features, in_features);
 }
 
+// What both fused linear layers ask for, which only some backends have.
+static Status check_fused(const void *fused, int32_t num_tokens, int32_t out_features,
+                          int32_t in_features) {
+    TRY(check_positive("num_tokens", num_tokens));
+    TRY(check_positive("out_features", out_features));
+    TRY(check_positive("in_features", in_features));
+    if (out_features % 8)
+        return fail(STATUS_INVALID_ARGUMENT, "out_features is %d, must be a multiple of 8", out_features);
+    if (in_features % 64)
+        return fail(STATUS_INVALID_ARGUMENT, "in_features is %d, must be a multiple of 64", in_features);
+    if (!fused) return fail(STATUS_UNAVAILABLE, "this device has no fused operations");
+    return STATUS_OK;
+}
+
+Status op_linear_add(OpContext *context, uint16_t *out, const uint16_t *x, const uint16_t *weight,
+                     const uint16_t *residual, int32_t num_tokens, int32_t out_features,
+                     int32_t in_features) {
+    TRY(check_pointers(context, out, x, weight));
+    TRY(check_pointers(context, out, x, residual));
+    TRY(check_fused((const void *)context->kernels->linear_add, num_tokens, out_features, in_features));
+    SCOPED_BUFFERS(b, context);
+    Matrix matrix;
+    bf16 *device_x, *result;
+    size_t bytes = (size_t)num_tokens * out_features * sizeof(bf16);
+    TRY(input(&b, &device_x, x, (size_t)num_tokens * in_features * sizeof(bf16)));
+    TRY(input_matrix(&b, &matrix, weight, out_features, in_features));
+    TRY(input(&b, &result, residual, bytes));  // in place, as the model does it
+    TRY(context->kernels->linear_add(result, device_x, &matrix, result, num_tokens, context->stream));
+    return fetch(&b, out, result, bytes);
+}
+
+Status op_gated_linear(OpContext *context, uint16_t *out, const uint16_t *x, const uint16_t *gate,
+                       const uint16_t *up, int32_t num_tokens, int32_t out_features, int32_t in_features) {
+    TRY(check_pointers(context, out, x, gate));
+    TRY(check_pointers(context, out, x, up));
+    TRY(check_fused((const void *)context->kernels->gated_linear, num_tokens, out_features, in_features));
+    SCOPED_BUFFERS(b, context);
+    Matrix gate_matrix, up_matrix;
+    bf16 *device_x, *result;
+    size_t bytes = (size_t)num_tokens * out_features * sizeof(bf16);
+    TRY(input(&b, &device_x, x, (size_t)num_tokens * in_features * sizeof(bf16)));
+    TRY(input_matrix(&b, &gate_matrix, gate, out_features, in_features));
+    TRY(input_matrix(&b, &up_matrix, up, out_features, in_features));
+    TRY(output(&b, &result, bytes));
+    TRY(context->kernels->gated_linear(result, device_x, &gate_matrix, &up_matrix, num_tokens,
+                                       context->stream));
+    return fetch(&b, out, result, bytes);
+}
+
 Status op_rope_table(OpContext *context, uint16_t *table, const EngineModelConfig *config,
                      int32_t max_positions) {
     TRY(check_pointers(context, table, config, config));

@@ -98,6 +98,8 @@ OP_CALLS = {
     "op_rope_table": "c, u, m, 1",
     "op_rotary_embedding": "c, u, u, u, i, 1, 1, 64, 1",
     "op_attention": "c, u, u, u, u, b, 1, 1, 64, 16, 1",
+    "op_linear_add": "c, u, u, u, u, 1, 8, 64",
+    "op_gated_linear": "c, u, u, u, u, 1, 8, 64",
     "op_silu_and_mul": "c, u, u, u, 1, 64",
     "op_residual_add": "c, u, u, u, 64",
     "op_argmax": "c, i, f, 1, 64",

@@ -217,7 +217,11 @@ static __global__ void __launch_bounds__(kManyThreads, 1)
         take_registers<kConsumerRegisters>();
         int consumer_warp = warp - kWarpgroup / kWarp;
         RingPlace ring_place;
-        WarpTile tile = {staging + consumer_warp * kWarpTokens * kStagingPitch, 0, tiles.num_tokens, 0,
+        WarpTile tile = {staging + consumer_warp * kWarpTokens * kStagingPitch,
+                         kStagingPitch,
+                         0,
+                         tiles.num_tokens,
+                         0,
                          lane};
         int unit = Operation::kUnits;  // of the tile before, the next to write
         auto write_unit = [&] {

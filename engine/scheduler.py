@@ -87,6 +87,9 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # in order
         self._leaders: list[Sequence] = []  # those with followers
         self._counting = np.arange(config.max_num_seqs)
+        # The head and the pool when it last got no blocks: not tried again until either changes.
+        # With nobody running all blocks are free, where nobody is refused: so none waits for ever.
+        self._refused: tuple[Sequence, int, int] | None = None
         self._is_eos = np.zeros(vocab_size, bool)
         self._is_eos[[token for token in eos_token_ids if token < vocab_size]] = True
 
@@ -240,8 +243,10 @@ class Scheduler:
         while self.waiting and int(self._remaining().sum()) < self.config.max_num_tokens:
             head = self.waiting[0]
             allocation = None
-            if running.num_seqs < self.config.max_num_seqs:
+            attempt = (head, self.blocks.num_free, self.blocks.num_cached)
+            if running.num_seqs < self.config.max_num_seqs and attempt != self._refused:
                 allocation = self.blocks.allocate(head.token_ids, not head.wants_prompt_logits)
+                self._refused = None if allocation is not None else attempt
             if allocation is None:
                 victim = self._overtaken_by(head)
                 if victim is None:

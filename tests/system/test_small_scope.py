@@ -176,7 +176,8 @@ def picture(state: tuple) -> tuple:
         parts.append((where, tuple(look(block) for block in sequence.block_table)))
     free = tuple(prefixes.get(manager._content_ids[block]) for block in manager._free)
     waiting = tuple(sequence.order for sequence in scheduler.waiting)
-    return tuple(parts), free, waiting, added
+    refused = scheduler._refused and (scheduler._refused[0].order, *scheduler._refused[1:])
+    return tuple(parts), free, waiting, refused, added
 
 
 SCOPES = {

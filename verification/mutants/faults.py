@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from verification.mutants.catalogue import CatalogueError
+from verification.mutants.policy import TESTS
 
 HERE = Path(__file__).resolve().parent
 CPU, GPU = "cpu", "gpu"
@@ -125,19 +126,10 @@ def load_faults(path: Path) -> tuple[TestedFault, ...]:
     return tuple(faults.values())
 
 
-# What the policy's faults are held to after their module's own tests; quickest first.
-POLICY_TESTS = (
-    "tests/engine/test_block_manager.py",
-    "tests/engine/test_running_batch.py",
-    "tests/engine/test_scheduler.py",
-    "tests/engine/test_answer_text.py",
-    "tests/engine/test_llm_engine.py",
-    "tests/system/test_schedule_transparency.py",
-)
-
-
 def load_policy(path: Path, root: Path) -> tuple[TestedFault, ...]:
-    """Reads policy.toml: [[mutant]] entries whose file is below engine/, with tests of no own.
+    """Reads policy.toml: [[mutant]] entries whose file is below engine/ and that list no tests.
+
+    Each meets its module's tests first, then those that verification.mutants.policy runs.
 
     Raises:
         CatalogueError: an entry has unknown or missing fields.
@@ -147,7 +139,7 @@ def load_policy(path: Path, root: Path) -> tuple[TestedFault, ...]:
     faults = []
     for entry in tomllib.loads(path.read_text(encoding="utf-8")).get("mutant", []):
         own = f"tests/engine/test_{Path(entry['file']).stem}.py"
-        asked = [own, *POLICY_TESTS] if (root / own).exists() else POLICY_TESTS
+        asked = [own, *TESTS] if (root / own).exists() else TESTS
         fields_here = entry | {
             "file": f"engine/{entry['file']}",
             "tests": tuple(dict.fromkeys(asked)),

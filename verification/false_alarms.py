@@ -41,7 +41,7 @@ from verification.whole_model import WholeModelGrader
 TOYS = ("toy", "toy-untied", "toy-gqa3", "toy-plain-rope")
 TRAINED = "smollm2-135m"
 SHORT = 200  # tokens: longer prompts are tried on the first toy alone
-TRAINED_PROMPTS = "len-1,len-2,len-17,prose,capital,code-c,digits,emoji,tie-coin"
+TRAINED_PROMPTS = "len-17,capital,digits"
 BLOCK_SIZES = (32, 64, 128)  # 16 is the suite's own
 THREADS = (2, 3)
 
@@ -84,14 +84,13 @@ def builds() -> Iterator[tuple[str, Library, Options]]:
     legal = [mutant for mutant in load_catalogue(CATALOGUE_PATH) if mutant.is_legal]
     with workshop() as shop:
         twin = shop.pristine.library()
-        yield "the twin", twin, Options(num_threads=1)
-        for threads in THREADS:
-            yield f"the twin, {threads} threads", twin, Options(num_threads=threads)
+        for mutant, tree in shop.plant_all(legal):
+            yield mutant.fault, tree.library(), Options(num_threads=1)
         for size in BLOCK_SIZES:
             options = Options(num_threads=1, block_size=size)
             yield f"the twin, blocks of {size}", twin, options
-        for mutant, tree in shop.plant_all(legal):
-            yield mutant.fault, tree.library(), Options(num_threads=1)
+        for threads in THREADS:
+            yield f"the twin, {threads} threads", twin, Options(num_threads=threads)
 
 
 def try_build(name: str, library: Library, options: Options, model: str) -> Trials:
@@ -241,7 +240,9 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     models, trials = options.models.split(","), []
 
     def note(found: Trials) -> None:
+        """Keeps what was found: a run that is stopped has its record."""
         trials.append(found)
+        evidence.write(record_of(trials, time.monotonic() - clock), options.evidence)
         console.print(f"{found.engine}, {found.model}: {len(found.prompts)}", found.alarms or "")
 
     with quiet_torch(), torch.inference_mode():
@@ -251,9 +252,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
         for name, library, run_options in builds():
             for model in models:
                 note(try_build(name, library, run_options, model))
-    record = record_of(trials, time.monotonic() - clock)
-    console.print(evidence.write(record, options.evidence))
-    return 0 if record.passed else 1
+    return 0 if record_of(trials, time.monotonic() - clock).passed else 1
 
 
 if __name__ == "__main__":

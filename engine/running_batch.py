@@ -39,7 +39,8 @@ class RunningBatch:
         self.ignores_eos = np.zeros(max_num_seqs, bool)
         self.priorities = np.zeros(max_num_seqs, np.int32)
         self.samplers = np.zeros(max_num_seqs, ROW)  # but for position and edits
-        self._arrays = [array for array in vars(self).values() if isinstance(array, np.ndarray)]
+        arrays = [array for array in vars(self).values() if isinstance(array, np.ndarray)]
+        self._arrays = [array for array in arrays if array.ndim == 1]  # one value per row
         self._counting = np.arange(max_num_seqs + 1, dtype=np.int32)
 
     @property
@@ -80,6 +81,12 @@ class RunningBatch:
         if last is not sequence:
             for array in self._arrays:
                 array[row] = array[last.row]
+            # Only what is in use: a row may have room for 131,072 tokens.
+            for table, used in (
+                (self.token_ids, self.num_tokens[last.row]),
+                (self.block_tables, len(last.block_table)),
+            ):
+                table[row, :used] = table[last.row, :used]
             self.sequences[row] = last
             last.row = row
         sequence.row = None

@@ -155,10 +155,13 @@ class GroupRun:
             texts: index of a prompt -> the tokens it is fed; None: every prompt its own choices.
 
         Returns:
-            Index of the prompt -> choices, the first made after the prompt itself.
+            Index of the prompt -> choices, the first made after the prompt itself. A number that
+            is no token cannot be fed: the nearest that is stands for it, arg-max's own check
+            having failed it already.
         """
+        last = self._runner.config.vocab_size - 1
         chosen = range(len(self._prompts)) if texts is None else texts
-        choices = {index: [int(last_ids[index])] for index in chosen}
+        choices = {index: [int(np.clip(last_ids[index], 0, last))] for index in chosen}
         fed = choices if texts is None else texts
         for step in range(num_tokens - 1 if choices else 0):
             slices = [
@@ -167,7 +170,7 @@ class GroupRun:
             ]
             output = self._runner.forward(build_batch(slices, self._block_size, "last"))
             for index, new in zip(choices, output.next_ids, strict=True):
-                choices[index].append(int(new))
+                choices[index].append(int(np.clip(new, 0, last)))
         return choices
 
     def _prefill(

@@ -135,6 +135,19 @@ def test_a_fault_that_known_inputs_hide_is_found_running_free(subject):
     assert (failure.mode, failure.operator, failure.tap) == ("accumulated", "rms_norm", "attn_norm")
 
 
+class GivesNoToken(FakeEngine):
+    def argmax(self, logits):
+        ids = super().argmax(logits)
+        ids[-1:] = -1_041_166_608  # what memory happened to hold
+        return ids
+
+
+def test_an_id_that_is_no_token_fails_at_argmax_and_stops_nothing(subject):
+    failure = verified(subject, GivesNoToken).first_failure
+
+    assert (failure.operator, failure.tap) == ("argmax", "argmax")
+
+
 class GivesNan(FakeEngine):
     def silu_and_mul(self, gate, up):
         out = super().silu_and_mul(gate, up)

@@ -167,6 +167,14 @@ class TestTheMatrix:
         assert Tally((killed,)).wrongly_listed == (killed,)
         assert not made.passed
 
+    def test_groups_that_were_not_run_are_told(self):
+        killed = answer("verify", named=of_catalogue().expected, levels=("local",))
+
+        made = record([row(of_catalogue(), killed)], (), (), 1, CPU, 0.0)
+
+        assert made.tables[0].title == "Not run"
+        assert made.tables[0].rows == ((MUSEUM,), (GENERATED,))
+
     def test_one_survivor_of_the_catalogue_fails_the_record(self):
         good = row(
             of_catalogue(), answer("verify", named=of_catalogue().expected, levels=("local",))

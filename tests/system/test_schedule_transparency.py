@@ -133,7 +133,8 @@ class TestTheProperty:
             server.check(Schedule(strangers))
 
     def test_notices_text_that_is_taken_back(self, server: Server, monkeypatch):
-        streamed = Schedule((Planned(3, 5, stream=True, params={"max_tokens": 6}),))
+        params = {"max_tokens": 6, "temperature": 0.0, "ignore_eos": True}
+        streamed = Schedule((Planned(3, 5, stream=True, params=params),))
         released = iter(["a", "ab", "b"] * 9)
         monkeypatch.setattr(
             AnswerText, "push", lambda self, *_: setattr(self, "released", next(released))

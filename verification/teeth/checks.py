@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from verification.mutants.catalogue import DEFAULT_MODEL, DEFAULT_PROMPTS
+from verification.mutants.faults import GPU
 
 # Where a fault can die, lowest first.
 LEVELS = ("operator", "layer", "residual stream", "logits", "tokens", "system")
@@ -87,6 +88,7 @@ OTHER_TESTS = {
     "csrc/twin/twin_kernels": "tests/twin/test_tensor_core.py",
     "csrc/model/model": "tests/model/test_forward.py",
     "csrc/model/decode": "tests/system/test_fused_decode.py",
+    "csrc/model/prefill": "tests/system/test_fused_prefill.py",
     "csrc/model/sample": "tests/twin/test_sample.py",
     "csrc/model/uniform": "tests/twin/test_sample.py",
     "csrc/twin/weight": "tests/twin/test_linear.py",
@@ -135,10 +137,10 @@ def own_tests(file: str, root: Path) -> tuple[str, ...]:
     return (own,) if (root / own).exists() else (tested_in,)
 
 
-def for_generated(file: str, root: Path) -> tuple[Check, ...]:
+def for_generated(file: str, device: str, root: Path) -> tuple[Check, ...]:
     """Every check that a generated fault meets until one fails."""
     own = [tests(path) for path in own_tests(file, root)]
-    if file.startswith("csrc/kernels"):
+    if device == GPU:
         return (*own, tests("tests/kernels", cpu=200), tests("tests/system", cpu=200))
     wide = [tests("tests/model", cpu=120), tests("tests/runtime", cpu=120)]
     wide += [tests("tests/system", cpu=240)]

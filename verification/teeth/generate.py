@@ -24,8 +24,9 @@ SEED = 20261121
 CPU_FOLDERS = ("csrc/twin", "csrc/model")
 GPU_FOLDERS = ("csrc/kernels",)
 C_SUFFIXES = (".c", ".h", ".cu", ".cuh")
-# Of the CPU's library: the GPU's table, and a step that only a GPU's table has.
-GPU_ONLY = ("csrc/kernels/kernels.h", "csrc/kernels/no_cuda.c", "csrc/model/decode.c")
+# What the twin never runs: members that only the GPU's table has; the GPU's lane mutates it.
+GPU_MODEL = ("csrc/model/decode.c", "csrc/model/prefill.c")
+NO_KERNELS = ("csrc/kernels/kernels.h", "csrc/kernels/no_cuda.c")
 
 # What reads files, text and the C library; the rest of engine/ is policy: what is run, and when.
 NOT_POLICY = {
@@ -62,10 +63,10 @@ def sources(root: Path, device: str) -> list[str]:
         if path.suffix in C_SUFFIXES
     ]
     if device == GPU:
-        return sorted(name for name in found if name not in GPU_ONLY[:2])
+        return sorted([name for name in found if name not in NO_KERNELS] + list(GPU_MODEL))
     policy = [p for p in (root / "engine").glob("*.py") if p.stem not in NOT_POLICY]
     found += [path.relative_to(root).as_posix() for path in policy]
-    return sorted(name for name in found if name not in GPU_ONLY)
+    return sorted(name for name in found if name not in GPU_MODEL)
 
 
 def lines_of(name: str, text: str) -> list[Line]:
@@ -110,7 +111,7 @@ def _planted(name: str, line: Line, mutation: Mutation, device: str, root: Path)
         device,
         Edit(name, mutation.before, mutation.after, line.occurrence),
         f"{mutation.before} → {mutation.after}",
-        checks.for_generated(name, root),
+        checks.for_generated(name, device, root),
     )
 
 
@@ -146,7 +147,7 @@ def with_equivalents(
             device,
             edit,
             f"{edit.before} → {edit.after}",
-            checks.for_generated(edit.file, root),
+            checks.for_generated(edit.file, device, root),
         )
         for index, edit in enumerate(extra, start=1)
     ]

@@ -5,6 +5,7 @@ Knows expected values and passes; decides no verdict.
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from verification import measure
@@ -20,6 +21,13 @@ from verification.taps import TapKey
 def num_differing(got: Tensor, other: Tensor) -> int:
     """Values whose bits are not the other's."""
     return int((~same_bits(got, other)).sum())
+
+
+def distinct_rows(values: Tensor) -> Tensor:
+    """The first of each set of rows with equal bits, ascending, int64; bfloat16 [rows, width]."""
+    _, group = torch.unique(values.contiguous().view(torch.int16), dim=0, return_inverse=True)
+    first = torch.full((int(group.max()) + 1,), len(values))
+    return first.scatter_reduce_(0, group, torch.arange(len(values)), "amin").sort().values
 
 
 def worst_element(

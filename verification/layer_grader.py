@@ -14,6 +14,7 @@ from engine.config import ModelConfig
 from verification import compare, measure
 from verification.compare import Verdict
 from verification.elements import (
+    distinct_rows,
     num_differing,
     position_of,
     segment_of,
@@ -28,7 +29,7 @@ from verification.oracle import Reference
 from verification.passes import LOCAL, Pass, Segment
 from verification.replay import Replayed
 from verification.results import Cell, no_histogram
-from verification.taps import LAYER_POINTS, POINT, Point
+from verification.taps import LAYER_POINTS, POINT, Point, TapKey
 
 COPIES = ("embedding", "residual_add")  # no rounding is open: every bit must agree
 OTHER_BITS = "the same tokens in prefill"
@@ -138,10 +139,12 @@ class LayerGrader:
             from_reference = differing
             if run.reference is not None:
                 from_reference = num_differing(got, run.reference[key][rows])
-            verdict = self._judge_exact(point, expected, values, differing, from_reference, max_ulp)
+            counts = Pool(values, differing, from_reference)
             if point.operation not in COPIES:
-                key = (run.mode, run.phase, point.name, layer)
-                self.pools[key].add(Pool(values, differing, from_reference))
+                if differing or from_reference:
+                    counts = self._distinct(expected, run, key, measured, rows)
+                self.pools[run.mode, run.phase, point.name, layer].add(counts)
+            verdict = self._judge_exact(point, expected, counts, max_ulp)
             differing = from_reference
         if from_twin is not None:
             verdict = compare.first_failure(
@@ -151,14 +154,24 @@ class LayerGrader:
         return verdict, Numbers(ratio, differing, values, z, max_ulp)
 
     @staticmethod
-    def _judge_exact(
-        point: Point,
-        expected: Replayed,
-        values: int,
-        differing: int,
-        from_reference: int,
-        max_ulp: int,
-    ) -> Verdict:
+    def _distinct(
+        expected: Replayed, run: Pass, key: TapKey, measured: Measured, rows: slice
+    ) -> Pool:
+        """Counts with equal rows taken once: a token that repeats repeats its roundings.
+
+        The number that may differ is chance's among independent roundings.
+        """
+        got, known = run.outputs[key][rows], run.reference
+        alike = [expected.value[rows], got] + ([] if known is None else [known[key][rows]])
+        first = distinct_rows(torch.cat(alike, 1))
+        differing = from_reference = int(measured.differing[rows][first].sum())
+        if known is not None:
+            from_reference = num_differing(got[first], known[key][rows][first])
+        return Pool(got[first].numel(), differing, from_reference)
+
+    @staticmethod
+    def _judge_exact(point: Point, expected: Replayed, counts: Pool, max_ulp: int) -> Verdict:
+        values, differing, from_reference = counts.values, counts.differing, counts.from_reference
         if point.operation in COPIES:
             as_reference = compare.judge_bits(from_reference, values, "transformers")
         else:

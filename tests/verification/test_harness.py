@@ -212,6 +212,19 @@ def test_an_engine_that_hides_its_table_is_said_not_to_have_been_run(subject):
     assert row.reason
 
 
+def test_a_repeated_token_is_no_second_chance_to_differ(library):
+    from verification.harness import verify
+
+    # token 108 twice: each of its rows has 6 values of attn_norm on the other side of a rounding,
+    # 12 of 5632, where 11 may be if all are independent
+    prompts = [("few", [72, 101, 108, 108, 111, 44, 32, 119])]
+    results = verify(resolve("toy-wide"), prompts, OPTIONS, name="toy-wide", library=library)
+
+    assert results.first_failure is None
+    differing = [c.differing for c in results.cells if c.prompt == "few" and c.tap == "attn_norm"]
+    assert 12 in differing
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["toy", "toy-untied", "toy-gqa3", "toy-plain-rope", "toy-wide"])
 def test_the_engine_passes_on_the_toys(name, library):

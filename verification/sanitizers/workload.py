@@ -84,6 +84,20 @@ def operator_cases(ops: Ops) -> Iterator[Case]:
     yield "exp2, 257", lambda: ops.exp2(np.linspace(-130, 130, 257, dtype=np.float32))
 
 
+def fused_cases(ops: Ops) -> Iterator[Case]:
+    """The operations that only a GPU has, alone: around a tile, and shared by two thread blocks."""
+    for count, rows, cols in ((33, 64, 64), (129, 200, 576), (128, 128, 1024)):
+        x, gate, up, residual = (
+            _bf16(*shape) for shape in ((count, cols), (rows, cols), (rows, cols), (count, rows))
+        )
+        what = f"{count} tokens, weight {rows} x {cols}"
+        yield (
+            f"linear_add, {what}",
+            lambda x=x, w=gate, r=residual: ops.linear_add(x, w, r),
+        )
+        yield f"gated_linear, {what}", lambda x=x, g=gate, u=up: ops.gated_linear(x, g, u)
+
+
 def _sampling_cases(ops: Ops) -> Iterator[Case]:
     counters = (np.arange(33, dtype=np.uint64), *[np.arange(33, dtype=np.int32)] * 2)
     yield "uniform, 33", lambda: ops.uniform(*counters)
@@ -186,7 +200,7 @@ def main(parts: Sequence[str] = PARTS) -> int:
     for part in parts:
         if part == OPERATIONS:
             with Ops(library, "cuda") as ops:
-                count += run_cases(operator_cases(ops))
+                count += run_cases(operator_cases(ops)) + run_cases(fused_cases(ops))
         else:
             with ModelRunner(resolve(part), ROOM, library) as runner:
                 count += run_cases(model_cases(part, runner))

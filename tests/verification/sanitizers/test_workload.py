@@ -15,7 +15,8 @@ def operator_names() -> set[str]:
 
 
 def test_every_operation_is_a_case(twin: Ops):
-    named = {re.match(r"\w+", what)[0] for what, _ in workload.operator_cases(twin)}
+    cases = [*workload.operator_cases(twin), *workload.fused_cases(twin)]
+    named = {re.match(r"\w+", what)[0] for what, _ in cases}
 
     assert named == operator_names()
 

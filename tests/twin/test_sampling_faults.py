@@ -251,6 +251,7 @@ def scores_differ(ops: Ops) -> bool:
     scored = [int(ids[0]), 2]
     ranks = [order[i].index(scored[i]) + 1 for i in range(2)]
     listed = np.take_along_axis(truth, np.array(order), axis=1)
+    # One rounding to float32 of a value below 32 is 2^-20 at most; four of them.
     return (
         ids.tolist() != [0, 0]
         or found.token_ranks.tolist() != ranks

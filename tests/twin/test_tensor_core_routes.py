@@ -66,3 +66,15 @@ def test_a_route_gives_the_specifications_bits(route: ctypes.CDLL, twin: Ops, se
     expected = twin.tensor_core_step(c.ravel(), *map(np.ascontiguousarray, one_by_one))
 
     assert_same_bits(rows_by(route, c, a, b), expected.reshape(ROWS, LANES))
+
+
+@pytest.mark.parametrize("low", [0x7F, 0x7E, 0x40, 0x01])
+def test_the_largest_sums_are_cut_alike(route: ctypes.CDLL, twin: Ops, low: int):
+    # sixteen products of one exponent and sign: sums of 28 to 31 bits, all cut to 24
+    a = np.full((ROWS, STEP), 127 << 7 | low, np.uint16) - np.arange(ROWS, dtype=np.uint16)[:, None]
+    b = np.full((STEP, LANES), 127 << 7 | 0x7F, np.uint16) - np.arange(LANES, dtype=np.uint16)
+    c = np.linspace(-3, 3, ROWS * LANES, dtype=np.float32).reshape(ROWS, LANES)
+    one_by_one = [np.repeat(a, LANES, 0), np.tile(b.T, (ROWS, 1))]
+    expected = twin.tensor_core_step(c.ravel(), *map(np.ascontiguousarray, one_by_one))
+
+    assert_same_bits(rows_by(route, c, a, b), expected.reshape(ROWS, LANES))

@@ -135,7 +135,11 @@ class Library:
                 f"{name} must be a contiguous {np.dtype(dtype).name} array, "
                 f"got {values.dtype}{'' if values.flags.c_contiguous else ', not contiguous'}"
             )
-        return self.ffi.cast(f"{c_type} *", self.ffi.from_buffer(values))
+        return self.ffi.cast(f"{c_type} *", self.ffi.from_buffer(self._memory(values, name)))
+
+    def _memory(self, values: np.ndarray, name: str) -> np.ndarray:
+        """The memory that C is given for a checked array: its own."""
+        return values
 
     def model_config(self, config: ModelConfig) -> object:
         """The C struct of a model's dimensions."""

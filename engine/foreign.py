@@ -52,16 +52,8 @@ class ForeignLibrary(Library):
         else:
             raise EngineError(f"it returned status {status}")
 
-    def array(
-        self,
-        values: np.ndarray,
-        c_type: str,
-        dtype: type,
-        name: str,
-        shape: tuple[int, ...] | None = None,
-    ) -> object:
-        """A pointer to a guarded copy of an array; `settle` copies results back."""
-        super().array(values, c_type, dtype, name, shape)  # its checks
+    def _memory(self, values: np.ndarray, name: str) -> np.ndarray:
+        """A guarded copy of an array; `settle` copies results back."""
         size = 2 * MARGIN + values.nbytes
         block = np.full(size // 2, self.poison, np.uint16).view(np.uint8)
         start = MARGIN - block.ctypes.data % 256  # as aligned as a GPU's memory would be
@@ -69,7 +61,7 @@ class ForeignLibrary(Library):
         if self._guarded:  # Ops names the result first; it is not shown what was there
             inside[:] = values.reshape(-1).view(np.uint8)
         self._guarded.append((values, block, name))
-        return self.ffi.cast(f"{c_type} *", self.ffi.from_buffer(inside))
+        return inside
 
     def settle(self) -> list[str]:
         """Copies results back after a call.

@@ -61,7 +61,8 @@ class LayerTruth:
         self._config = config
         self._layer = layer
         self._linears: dict[tuple[str, ...], LinearTruth] = {}
-        self._results: dict[tuple[int, str], LinearExpected] = {}
+        # By id and tap; each holds its pass, so that no other pass gets that id while it waits.
+        self._waiting: dict[tuple[int, str], tuple[Pass, LinearExpected]] = {}
 
     def expect(self, tap: str, run: Pass) -> Replayed | Bounded:
         """What a tap of this layer should be, given what its operation read in a pass."""
@@ -96,15 +97,15 @@ class LayerTruth:
 
     def _linear(self, tap: str, x: Tensor, run: Pass) -> LinearExpected:
         """One multiplication serves all that read the same input; the others' results wait."""
-        waiting = self._results.pop((id(run), tap), None)
+        waiting = self._waiting.pop((id(run), tap), None)
         if waiting is not None:
-            return waiting
+            return waiting[1]
         together = next(names for names in SHARED_INPUT if tap in names)
         if together not in self._linears:
             self._linears[together] = LinearTruth([self._weight(name) for name in together])
         results = dict(zip(together, self._linears[together](x), strict=True))
         for name in together[together.index(tap) + 1 :]:
-            self._results[id(run), name] = results[name]
+            self._waiting[id(run), name] = (run, results[name])
         return results[tap]
 
     def _attention(self, q: Tensor, run: Pass) -> Bounded:

@@ -5,6 +5,7 @@
 #include "threads.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
@@ -81,9 +82,16 @@ void parallel_for(Stream stream, int64_t count, Task *task, const void *argument
     }
 }
 
+// Cores that this process may use: a process bound to some of them gains nothing from more threads.
+static int num_cores(void) {
+    cpu_set_t cores;
+    if (sched_getaffinity(0, sizeof cores, &cores) == 0) return CPU_COUNT(&cores);
+    long online = sysconf(_SC_NPROCESSORS_ONLN);
+    return online < 1 ? 1 : (int)online;
+}
+
 Status twin_open_stream(Stream *stream, int num_threads) {
-    if (num_threads == 0) num_threads = (int)sysconf(_SC_NPROCESSORS_ONLN);
-    if (num_threads < 1) num_threads = 1;
+    if (num_threads == 0) num_threads = num_cores();
     ThreadPool *pool = calloc(1, sizeof *pool);
     size_t scratch_bytes = (size_t)num_threads * TWIN_SCRATCH_BYTES;
     if (pool) {

@@ -135,6 +135,15 @@ class TestTheMatrix:
         assert late.is_killed and late.is_named is False
         assert not row(planted, answer(own, ALIVE), answer(other, ALIVE)).is_killed
 
+    def test_a_fault_whose_tests_are_nobodys_own_is_killed_and_neither_named_nor_misnamed(self):
+        anywhere = replace(from_tested(TESTED), own=())
+        killed = row(anywhere, answer(anywhere.checks[0].label, ALIVE), answer("tests/system"))
+        own = row(from_tested(TESTED), answer(TESTED.tests[0], ALIVE), answer("tests/system"))
+
+        assert killed.is_killed and killed.is_named is None
+        assert Tally((killed, own)).misnamed == (own,)
+        assert Tally((killed, own)).named == (0, 1)
+
     def test_a_legal_variant_that_fails_for_its_numbers_is_a_false_alarm(self):
         legal = of_catalogue(is_legal=True, dies_at="system")
         bits = answer("bits", named=legal.expected)
@@ -145,6 +154,8 @@ class TestTheMatrix:
     def test_what_cannot_be_found_is_not_counted(self):
         generated = replace(from_tested(TESTED), group=GENERATED)
         label = generated.checks[0].label
+        assert row(generated, answer(label)).is_named
+        assert row(replace(generated, own=()), answer(label)).is_named is None
         tally = Tally(
             (
                 row(generated, build=trees.EQUAL),
@@ -206,10 +217,16 @@ def results(tmp_path_factory):
         "crash": "__builtin_trap(); " + line,
         "endless": "volatile int is_done = 0; while (!is_done) {} " + line,
     }
-    impatient = replace(OWN, cpu=3)
-    planted = [made(line, after, impatient) for after in changes.values()]
+    planted = [made(line, after, OWN) for after in changes.values()]
+    changes["late"] = "pass"
+    tested_by = ("batch", "answer_text", "block_manager", "running_batch")
+    asked = [checks.tests(f"tests/engine/test_{name}.py") for name in tested_by]
+    planted.append(made("break", "pass", *asked, file="engine/block_manager.py"))
     cache = tmp_path_factory.mktemp("teeth") / "cache.jsonl"
-    found = arena.run(planted, CPU, Cache(cache), jobs=2)
+    with pytest.MonkeyPatch.context() as impatient:
+        impatient.setattr(arena, "LIMIT_FACTOR", 2)
+        impatient.setattr(arena, "LIMIT_SECONDS", 1)
+        found = arena.run(planted, CPU, Cache(cache), jobs=2)
     return dict(zip(changes, found, strict=True)), planted, cache
 
 
@@ -224,6 +241,24 @@ class TestTheArena:
     def test_what_does_not_compile_and_what_compiles_to_the_same_is_not_asked(self, results):
         assert results[0]["stillborn"] == Result(results[0]["stillborn"].id, trees.STILLBORN, ())
         assert results[0]["equal"].build == trees.EQUAL
+
+    def test_checks_on_idle_servers_are_counted_in_order_up_to_the_first_that_kills(self, results):
+        found = results[0]["late"].answers
+
+        assert [(a.label.split("_", 1)[1], a.status) for a in found] == [
+            ("batch.py", ALIVE),
+            ("answer_text.py", ALIVE),
+            ("block_manager.py", KILLED),
+        ]
+
+    def test_an_object_is_compared_without_the_names_of_nvccs_temporary_files(self, tmp_path):
+        contents = (b"code tmpxft_0000016d_00000000-6", b"code tmpxft_00007ec6_00000000-6", b"CODE")
+        for folder, content in zip("abc", contents, strict=True):
+            (tmp_path / folder).mkdir()
+            (tmp_path / folder / "x.cu.o").write_bytes(content)
+
+        assert trees._same_objects(tmp_path / "a", tmp_path / "b")
+        assert not trees._same_objects(tmp_path / "a", tmp_path / "c")
 
     def test_a_crash_and_an_endless_loop_are_answers(self, results):
         for name, by in (("crash", "crash"), ("endless", "crash")):
@@ -319,13 +354,12 @@ class TestKeys:
 def test_the_museum_and_a_seeded_part_of_the_rest_die_and_are_named():
     planted = whole_plan(ROOT, CPU, 50)
     museum = [each for each in planted if each.group == MUSEUM]
-    others = [each for each in planted if each.group == CATALOGUE][3::9]
-    # The policy's have a runner and a test of their own (test_policy_mutants.py).
-    chosen = museum + [each for each in others if each.edit.file.startswith("csrc/")]
+    chosen = museum + [each for each in planted if each.group == CATALOGUE][3::9]
 
     rows = rows_of(chosen, arena.run(chosen, CPU, Cache(None), os.cpu_count()), [])
 
+    tally = Tally(tuple(rows))
     assert len(rows) >= 25
-    assert [each.planted.id for each in rows if not each.is_killed] == []
-    assert [each.planted.id for each in rows if not each.is_named] == []
+    assert [each.planted.id for each in tally.survivors] == []
+    assert [each.planted.id for each in tally.misnamed] == []
     assert not any(each.is_false_alarm for each in rows)

@@ -19,7 +19,7 @@ from verification.mutants.catalogue import choose
 from verification.mutants.faults import CPU, GPU
 from verification.teeth import arena
 from verification.teeth.generate import SEED, generated, load_equivalents, with_equivalents
-from verification.teeth.matrix import Row, rows_of
+from verification.teeth.matrix import Row, Tally, rows_of
 from verification.teeth.museum import hang, load_exhibits, own_faults
 from verification.teeth.plan import (
     CATALOGUE,
@@ -105,13 +105,14 @@ def _run(
 
 def print_rows(rows: Sequence[Row]) -> None:
     """What went wrong, a line each."""
+    misnamed = Tally(tuple(row for row in rows if row.planted.group != GENERATED)).misnamed
     for row in rows:
         each = row.planted
         if row.is_equivalent and row.killer is not None:
             print(f"no equivalent: {each.id}: {each.fault}: {row.killer.by}")
         elif row.is_planted and not row.is_equivalent and not row.is_killed:
             print(f"survivor: {each.id}: {each.fault}")
-        elif row.is_planted and row.is_named is False and each.group != GENERATED:
+        elif row in misnamed:
             killer = row.killer
             print(f"misnamed: {each.id}: {killer.label} {killer.by} {killer.named or killer.why}")
         if row.is_false_alarm:

@@ -9,35 +9,34 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from tempfile import TemporaryDirectory
-from threading import Lock
+from threading import Lock, Semaphore
 from typing import Any
 
-from engine.errors import EngineError
 from verification.mutants.build import MAKE, ROOT, Tree
 from verification.mutants.faults import GPU
 from verification.teeth import trees
 from verification.teeth.checks import Check
 from verification.teeth.keys import Keys
 from verification.teeth.plan import GENERATED, Planted
+from verification.teeth.servers import Servers, TeethError, servers
 
-FORK_SERVER = Path(__file__).resolve().parent / "fork_server.py"
-MAKE_WITH_CUDA = tuple(word for word in MAKE if word != "CUDA=none")
-ALIVE, KILLED, BROKEN = "alive", "killed", "broken"
+PARALLEL_MAKE = (*MAKE, f"-j{os.cpu_count()}")
+MAKE_WITH_CUDA = tuple(word for word in PARALLEL_MAKE if word != "CUDA=none")
+ALIVE, KILLED = "alive", "killed"
+LOOK_SECONDS = 1  # how often a fault looks for idle servers
+# A check that takes longer than this without a fault is ended: seconds of processor.
+LIMIT = 600
+# And with one, than this: so many times as long, and some seconds more.
+LIMIT_FACTOR, LIMIT_SECONDS = 8, 10
 
 Report = Callable[[int, int, str], None]  # done, total, the last one's id
-
-
-class TeethError(EngineError):
-    """The run itself is at fault: a check fails without a fault, or gives no answer."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +125,8 @@ def run(
         BuildError: the unmutated tree does not compile, or a fault made by hand does not.
         TeethError: a check fails on the unmutated tree, or gives no answer.
     """
-    keys = Keys(root)
     results: list[Result] = []
-    with _arena(root, device, jobs, keys, cache) as arena, ThreadPoolExecutor(jobs) as pool:
+    with _arena(root, device, jobs, cache) as arena, ThreadPoolExecutor(jobs) as pool:
         waiting = [pool.submit(arena.try_one, each) for each in planted]
         try:
             for future in waiting:
@@ -142,18 +140,14 @@ def run(
 
 
 @contextmanager
-def _arena(root: Path, device: str, jobs: int, keys: Keys, cache: Cache):
-    with TemporaryDirectory(prefix="touchstone-teeth-") as folder:
-        servers: SimpleQueue[_Server] = SimpleQueue()
-        all_servers = [_Server() for _ in range(jobs)]
-        try:
-            for server in all_servers:
-                servers.put(server)
-            make = MAKE_WITH_CUDA if device == GPU else MAKE
-            yield _Arena(root, Path(folder), make, servers, keys, cache)
-        finally:
-            for server in all_servers:
-                server.close()
+def _arena(root: Path, device: str, jobs: int, cache: Cache):
+    with (
+        TemporaryDirectory(prefix="touchstone-teeth-") as folder,
+        servers(jobs, has_torch=device != GPU) as asked,
+        ThreadPoolExecutor(jobs) as pool,
+    ):
+        make = MAKE_WITH_CUDA if device == GPU else PARALLEL_MAKE
+        yield _Arena(root, Path(folder), make, asked, pool, Semaphore(jobs), cache)
 
 
 class _Arena:
@@ -164,15 +158,18 @@ class _Arena:
         root: Path,
         folder: Path,
         make: tuple[str, ...],
-        servers: "SimpleQueue[_Server]",
-        keys: Keys,
+        asked: Servers,
+        pool: ThreadPoolExecutor,
+        idle: Semaphore,
         cache: Cache,
     ) -> None:
         self._root = root
         self._folder = folder
         self._make = make
-        self._servers = servers
-        self._keys = keys
+        self._servers = asked
+        self._pool = pool
+        self._idle = idle
+        self._keys = Keys(root)
         self._cache = cache
         self._pristine: Tree | None = None
         self._lock = Lock()
@@ -180,31 +177,73 @@ class _Arena:
 
     def try_one(self, planted: Planted) -> Result:
         """Everything that is asked of one fault, from the cache as far as it goes."""
-        tree: Tree | None = None
-        build = self._cache.get(self._keys.of_build(planted))
-        answers: list[Answer] = []
+        plot = _Plot(planted, self._plant)
         try:
+            key = self._keys.of_build(planted)
+            build = self._cache.get(key)
             if build is None:
-                tree, build = self._plant(planted)
-                self._cache.put(self._keys.of_build(planted), build)
+                build = plot.build
+                self._cache.put(key, build)
             if build != trees.OK and planted.group != GENERATED:
                 raise TeethError(f"{planted.id}: {build}")
-            for check in planted.checks if build == trees.OK else ():
-                key = self._keys.of_answer(planted, check)
-                found = self._cache.get(key)
-                if found is None:
-                    self._control(check)
-                    if tree is None:
-                        tree, _ = self._plant(planted)
-                    found = self._ask(tree, check)
-                    self._cache.put(key, found)
-                answers.append(_answer(check, found))
-                if answers[-1].status == KILLED and not planted.wants_all:
-                    break
+            answers = self._answers(plot) if build == trees.OK else []
             return Result(planted.id, build, tuple(answers))
         finally:
-            if tree is not None:
-                shutil.rmtree(tree.root)
+            plot.clear()
+
+    def _answers(self, plot: "_Plot") -> list[Answer]:
+        """In level order, up to the first that kills, or all that are wanted.
+
+        One after another while other faults want the servers; ahead of their turn on idle ones, or
+        the last survivors, who meet every check, would keep one core busy and leave the rest idle.
+        """
+        todo, asked, answers = deque(plot.planted.checks), deque[Future[Answer]](), []
+        try:
+            while todo or asked:
+                while todo and self._idle.acquire(blocking=not asked):
+                    asked.append(self._pool.submit(self._answer, plot, todo.popleft()))
+                    asked[-1].add_done_callback(lambda _: self._idle.release())
+                if wait([asked[0]], LOOK_SECONDS).not_done:
+                    continue
+                answers.append(asked.popleft().result())
+                if plot.is_over(answers[-1]):
+                    break
+            return answers
+        finally:
+            wait([each for each in asked if not each.cancel()])  # they need the tree
+
+    def _answer(self, plot: "_Plot", check: Check) -> Answer:
+        key = self._keys.of_answer(plot.planted, check)
+        found = self._cache.get(key)
+        if found is None:
+            limit = LIMIT_SECONDS + LIMIT_FACTOR * self._control(check)["cpu"]
+            found = self._servers.ask(plot.tree, self._unmutated(), check, limit)
+            self._cache.put(key, found)
+        return Answer(
+            check.label,
+            found["status"],
+            found["by"],
+            found["why"],
+            found["named"] and tuple(found["named"]),
+            tuple(found["levels"]),
+            found["seconds"],
+        )
+
+    def _control(self, check: Check) -> dict[str, Any]:
+        """The check on the unmutated tree, once, before any fault meets it."""
+        with self._lock:
+            lock = self._control_locks.setdefault(check, Lock())
+        key = self._keys.of_answer(None, check)
+        with lock:
+            found = self._cache.get(key)
+            if found is None:
+                pristine = self._unmutated()
+                found = self._servers.ask(pristine, pristine, check, LIMIT)
+                if found["status"] != ALIVE:
+                    why = f"{found['by']}: {found['why']}"
+                    raise TeethError(f"{check.label} fails without a fault: {why}")
+                self._cache.put(key, found)
+            return found
 
     def _plant(self, planted: Planted) -> tuple[Tree, str]:
         name = hashlib.sha256(planted.id.encode()).hexdigest()[:16]
@@ -216,74 +255,37 @@ class _Arena:
                 self._pristine = trees.pristine_tree(self._root, self._folder, self._make)
             return self._pristine
 
-    def _control(self, check: Check) -> None:
-        """The check on the unmutated tree, once, before any fault meets it."""
+
+class _Plot:
+    """A fault and its tree, which is made when it is first needed, and once."""
+
+    def __init__(self, planted: Planted, plant: Callable[[Planted], tuple[Tree, str]]) -> None:
+        self.planted = planted
+        self._plant = plant
+        self._made: tuple[Tree, str] | None = None
+        self._lock = Lock()
+
+    @property
+    def tree(self) -> Tree:
+        """Where it is planted."""
+        return self._get()[0]
+
+    @property
+    def build(self) -> str:
+        """What the compiler says of it."""
+        return self._get()[1]
+
+    def is_over(self, answer: Answer) -> bool:
+        """Whether nothing more has to be asked."""
+        return answer.status == KILLED and not self.planted.wants_all
+
+    def clear(self) -> None:
+        """Takes the tree away."""
+        if self._made is not None:
+            shutil.rmtree(self._made[0].root)
+
+    def _get(self) -> tuple[Tree, str]:
         with self._lock:
-            lock = self._control_locks.setdefault(check, Lock())
-        key = self._keys.of_answer(None, check)
-        with lock:
-            if self._cache.get(key) is not None:
-                return
-            found = self._ask(self._unmutated(), check)
-            if found["status"] != ALIVE:
-                why = f"{found['by']}: {found['why']}"
-                raise TeethError(f"{check.label} fails without a fault: {why}")
-            self._cache.put(key, found)
-
-    def _ask(self, tree: Tree, check: Check) -> dict[str, Any]:
-        server = self._servers.get()
-        try:
-            found = server.ask(tree, self._unmutated(), check)
-        finally:
-            self._servers.put(server)
-        if found["status"] == BROKEN:
-            raise TeethError(f"{check.label} gives no answer: {found['why']}")
-        return found
-
-
-def _answer(check: Check, found: dict[str, Any]) -> Answer:
-    return Answer(
-        check.label,
-        found["status"],
-        found["by"],
-        found["why"],
-        found["named"] and tuple(found["named"]),
-        tuple(found["levels"]),
-        found["seconds"],
-    )
-
-
-class _Server:
-    """One fork server, started when it is first asked."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
-
-    def ask(self, tree: Tree, pristine: Tree, check: Check) -> dict[str, Any]:
-        if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, str(FORK_SERVER)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-            )
-            if self._process.stdout.readline() != "ready\n":
-                raise TeethError("the fork server does not start")
-        request = {
-            "tree": str(tree.root),
-            "pristine": str(pristine.root),
-            "check": check.request,
-            "cpu": check.cpu,
-        }
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise TeethError("the fork server is gone")
-        return json.loads(line)
-
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.stdin.close()
-            self._process.wait()
+            if self._made is None:
+                self._made = self._plant(self.planted)
+            return self._made

@@ -4,11 +4,12 @@ Knows which tests belong to which source and what a test folder proves; knows no
 """
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from verification.mutants.catalogue import DEFAULT_MODEL, DEFAULT_PROMPTS
-from verification.mutants.faults import GPU
+from verification.mutants.faults import CPU, GPU
 
 # Where a fault can die, lowest first.
 LEVELS = ("operator", "layer", "residual stream", "logits", "tokens", "system")
@@ -32,6 +33,7 @@ LEVEL_OF_TESTS = {
 }
 
 VERIFY, BITS, TESTS = "verify", "bits", "tests"
+GPU_MARK = "gpu and not slow"  # tests that need a device, and no others
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,11 @@ class Check:
         kind: VERIFY, BITS or TESTS.
         label: its column of the matrix.
         arguments: those of verification.teeth.fork_server.
-        cpu: seconds of processor; a fault that runs past them is killed.
     """
 
     kind: str
     label: str
     arguments: tuple[tuple[str, Any], ...]
-    cpu: int
 
     @property
     def request(self) -> dict[str, Any]:
@@ -67,31 +67,33 @@ class Check:
 
 def verify(model: str = DEFAULT_MODEL, prompts: str = DEFAULT_PROMPTS) -> Check:
     """The suite against transformers."""
-    return Check(VERIFY, "verify", (("model", model), ("prompts", prompts)), 20)
+    return Check(VERIFY, "verify", (("model", model), ("prompts", prompts)))
 
 
 def bits(model: str = DEFAULT_MODEL, prompts: str = DEFAULT_PROMPTS) -> Check:
     """Every tap's bits against those without the fault."""
-    return Check(BITS, "bits", (("model", model), ("prompts", prompts)), 20)
+    return Check(BITS, "bits", (("model", model), ("prompts", prompts)))
 
 
-def tests(*paths: str, label: str | None = None, cpu: int = 40) -> Check:
-    """Tests of the tree, up to the first that fails."""
-    return Check(TESTS, label or paths[0], (("tests", paths),), cpu)
+def tests(path: str, device: str = CPU) -> Check:
+    """A test file of the tree, or one of its tests, up to the first that fails."""
+    marks = GPU_MARK if device == GPU else "not slow"
+    return Check(TESTS, path, (("tests", (path,)), ("marks", marks)))
 
 
 # Where a source is tested, when not in the file of its name under tests/.
 OTHER_TESTS = {
     "csrc/twin/exp2": "tests/twin/test_exp2.py",
     "csrc/twin/packed_matrix": "tests/twin/test_linear.py",
-    "csrc/twin/threads": "tests/system/test_schedule_invariance.py",
+    "csrc/twin/tensor_core_lanes": "tests/twin/test_tensor_core_routes.py",
+    "csrc/twin/threads": "tests/twin/test_threads.py",
     "csrc/twin/twin_kernels": "tests/twin/test_tensor_core.py",
     "csrc/model/model": "tests/model/test_forward.py",
     "csrc/model/decode": "tests/system/test_fused_decode.py",
     "csrc/model/prefill": "tests/system/test_fused_prefill.py",
     "csrc/model/sample": "tests/twin/test_sample.py",
     "csrc/model/uniform": "tests/twin/test_sample.py",
-    "csrc/twin/weight": "tests/twin/test_linear.py",
+    "csrc/twin/weight": "tests/twin/test_sample.py",
     "engine/outputs": "tests/engine/test_llm_engine.py",
     "engine/request": "tests/engine/test_llm_engine.py",
     "engine/request_checks": "tests/engine/test_llm_engine.py",
@@ -104,16 +106,18 @@ KERNEL_TESTS = {
     "embedding": ("tests/kernels/test_bits_copies.py",),
     "gather_rows": ("tests/kernels/test_bits_copies.py",),
     "kv_cache": ("tests/kernels/test_bits_copies.py", "tests/kernels/test_bits_attention.py"),
-    "linear": ("tests/kernels/test_bits_linear.py",),
+    "linear": ("tests/kernels/test_bits_linear.py", "tests/kernels/test_bits_fused_linear.py"),
+    "gated_linear": ("tests/kernels/test_bits_fused_linear.py",),
+    "qkv_linear": ("tests/system/test_fused_prefill.py",),
     "pack_weight": ("tests/kernels/test_bits_linear.py",),
     "decode": ("tests/kernels/test_bits_decode_step.py",),
     "decode_batch": ("tests/kernels/test_bits_decode_batch.py",),
     "edit_logits": ("tests/kernels/test_bits_sample.py",),
     "sample": ("tests/kernels/test_bits_sample.py",),
     "score_tokens": ("tests/kernels/test_bits_sample.py",),
-    "weight": ("tests/kernels/test_bits_linear.py",),
+    "weight": ("tests/kernels/test_bits_sample.py",),
     "residual_add": ("tests/kernels/test_bits_elementwise.py",),
-    "silu_and_mul": ("tests/kernels/test_bits_elementwise.py",),
+    "silu": ("tests/kernels/test_bits_elementwise.py",),
     "exp2": ("tests/kernels/test_bits_elementwise.py",),
     "rms_norm": ("tests/kernels/test_bits_rms_norm.py",),
     "rotary_embedding": ("tests/kernels/test_bits_rotary_embedding.py",),
@@ -126,24 +130,42 @@ def own_tests(file: str, root: Path) -> tuple[str, ...]:
 
     Args:
         file: from the root of the checkout.
+
+    Returns:
+        Their files; none where a source is tested by those of its users alone.
     """
     path = Path(file)
     folder = "/".join(path.parts[:-1])
     if folder == "csrc/kernels":
         names = [name for name in KERNEL_TESTS if path.stem.startswith(name)]
-        return KERNEL_TESTS[max(names, key=len)] if names else ("tests/kernels",)
-    tested_in = f"tests/{folder.removeprefix('csrc/')}"
-    own = OTHER_TESTS.get(f"{folder}/{path.stem}", f"{tested_in}/test_{path.stem}.py")
-    return (own,) if (root / own).exists() else (tested_in,)
+        return KERNEL_TESTS[max(names, key=len)] if names else ()
+    mirrored = f"tests/{folder.removeprefix('csrc/')}/test_{path.stem}.py"
+    own = OTHER_TESTS.get(f"{folder}/{path.stem}", mirrored)
+    return (own,) if (root / own).exists() else ()
 
 
 def for_generated(file: str, device: str, root: Path) -> tuple[Check, ...]:
-    """Every check that a generated fault meets until one fails."""
-    own = [tests(path) for path in own_tests(file, root)]
+    """Every check that a generated fault meets until one fails: its own tests, then all others."""
+    own = own_tests(file, root)
     if device == GPU:
-        return (*own, tests("tests/kernels", cpu=200), tests("tests/system", cpu=200))
-    wide = [tests("tests/model", cpu=120), tests("tests/runtime", cpu=120)]
-    wide += [tests("tests/system", cpu=240)]
-    if file.startswith("csrc/"):
-        return (verify(), *own, tests("tests/twin", cpu=120), *wide)
-    return (*own, tests("tests/engine", cpu=180), tests("tests/system", cpu=240), verify())
+        found = [*own, *gpu_tests(root)]
+        return tuple(tests(path, GPU) for path in dict.fromkeys(found))
+    of_c = file.startswith("csrc/")
+    folders = ("twin", "model", "runtime", "system") if of_c else ("engine", "system")
+    wide = [path for folder in folders for path in _test_files(f"tests/{folder}", root)]
+    asked = tuple(tests(path) for path in dict.fromkeys([*own, *wide]))
+    return (verify(), *asked) if of_c else (*asked, verify())
+
+
+@cache
+def gpu_tests(root: Path) -> tuple[str, ...]:
+    """Every test file with tests that need a device."""
+    folders = ("tests/kernels", "tests/system", "tests/runtime")
+    found = [path for folder in folders for path in _test_files(folder, root)]
+    return tuple(p for p in found if "mark.gpu" in (root / p).read_text(encoding="utf-8"))
+
+
+@cache
+def _test_files(folder: str, root: Path) -> tuple[str, ...]:
+    paths = sorted((root / folder).rglob("test_*.py"))
+    return tuple(path.relative_to(root).as_posix() for path in paths)

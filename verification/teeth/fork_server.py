@@ -5,8 +5,10 @@ A script, not a module of the package: it imports what every check needs from ou
 project code comes from the tree under test alone. What crashes, hangs or never returns is therefore
 an answer like any other. Knows trees and checks; knows nothing of faults.
 
+Arguments the core it is bound to, and "torch" where a check may want that.
 Request   {"tree", "pristine", "check": {"kind": "verify" | "bits" | "tests", ...}, "cpu"}
-Answer    {"status": "killed" | "alive" | "broken", "by", "why", "named", "levels", "seconds"}
+Answer    {"status": "killed" | "alive" | "broken", "by", "why", "named", "levels", "seconds",
+           "cpu"}
 """
 
 import json
@@ -23,13 +25,16 @@ GRACE_SECONDS = 2  # between the processor limit's polite signal and its end
 # innocent.
 IDLE_SECONDS = 60
 LOOK_SECONDS = 5
+NO_TESTS = 5  # pytest's exit status where the marks leave none
 
 
 def main() -> None:
     """Serves until its input ends."""
     sys.path[:] = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
+    core, shared = sys.argv[1:]
+    os.sched_setaffinity(0, {int(core)})
     os.environ["OMP_NUM_THREADS"] = "1"
-    _import_what_is_shared()
+    _import_what_is_shared(shared == "torch")
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing else may write into the answers
     answers.write("ready\n")
@@ -39,14 +44,19 @@ def main() -> None:
         answers.flush()
 
 
-def _import_what_is_shared() -> None:
+def _import_what_is_shared(has_torch: bool) -> None:
     import _pytest.assertion.rewrite  # noqa: F401
     import hypothesis.extra.numpy  # noqa: F401
     import hypothesis.stateful  # noqa: F401
     import pytest  # noqa: F401
     import rich.table  # noqa: F401
-    import safetensors.torch  # noqa: F401
+    import safetensors  # noqa: F401
     import tokenizers  # noqa: F401
+
+    # Never where kernels are asked: a process that has seen the device may not fork.
+    if not has_torch:
+        return
+    import safetensors.torch  # noqa: F401
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -65,7 +75,7 @@ def _in_a_child(request: dict) -> dict:
     if ran_out:
         os.killpg(child, signal.SIGKILL)
     os.close(ours)
-    _, status = os.waitpid(child, 0)
+    _, status, used = os.wait4(child, 0)
     answer = {"status": "broken", "by": "", "why": "", "named": None, "levels": []}
     if text.endswith("}"):
         answer |= json.loads(text)
@@ -77,7 +87,8 @@ def _in_a_child(request: dict) -> dict:
         answer |= {"status": "killed", "by": "crash", "why": words}
     else:
         answer |= {"why": f"left with status {os.waitstatus_to_exitcode(status)} and no answer"}
-    return answer | {"seconds": round(time.monotonic() - clock, 2)}
+    cpu = used.ru_utime + used.ru_stime
+    return answer | {"seconds": round(time.monotonic() - clock, 2), "cpu": round(cpu, 2)}
 
 
 def _read_all(pipe: int, child: int) -> tuple[str, bool]:
@@ -167,30 +178,32 @@ def _answer(named: object, by: str) -> dict:
     return {"status": "killed", "by": by, "why": why, "named": place, "levels": levels}
 
 
-def _tests(request: dict, tests: list[str]) -> dict:
-    """Some of the tree's own tests, up to the first that fails."""
+def _tests(request: dict, tests: list[str], marks: str) -> dict:
+    """Some of the tree's own tests, up to the first that fails; on a GPU none may be skipped."""
     import pytest
 
     class Recorder:
-        passed, failed, why = 0, "", ""
+        passed, skipped, failed, why = 0, 0, "", ""
 
         def pytest_runtest_logreport(self, report):
             if report.failed and not self.failed:
                 self.failed, self.why = report.nodeid, _last_line(report)
             self.passed += report.when == "call" and report.passed
+            self.skipped += report.skipped
 
         def pytest_collectreport(self, report):
             if report.failed and not self.failed:
                 self.failed, self.why = f"{report.nodeid} (import)", _last_line(report)
 
     recorder = Recorder()
-    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-m", "not slow"]
+    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-m", marks]
     status = pytest.main([*options, f"--rootdir={request['tree']}", *tests], plugins=[recorder])
     if recorder.failed:
         return {"status": "killed", "by": recorder.failed, "why": recorder.why[:300]}
-    if status == 0 and recorder.passed:
-        return {"status": "alive", "by": "tests"}
-    return {"status": "broken", "why": f"pytest left with {int(status)}, {recorder.passed} passed"}
+    if status in (0, NO_TESTS) and not (recorder.skipped and marks.startswith("gpu")):
+        return {"status": "alive", "by": "tests" if recorder.passed else "no test of these marks"}
+    counts = f"{recorder.passed} passed, {recorder.skipped} skipped"
+    return {"status": "broken", "why": f"pytest left with {int(status)}, {counts}"}
 
 
 def _last_line(report: object) -> str:

@@ -112,6 +112,7 @@ def _planted(name: str, line: Line, mutation: Mutation, device: str, root: Path)
         Edit(name, mutation.before, mutation.after, line.occurrence),
         f"{mutation.before} → {mutation.after}",
         checks.for_generated(name, device, root),
+        own=checks.own_tests(name, root),
     )
 
 
@@ -148,6 +149,7 @@ def with_equivalents(
             edit,
             f"{edit.before} → {edit.after}",
             checks.for_generated(edit.file, device, root),
+            own=checks.own_tests(edit.file, root),
         )
         for index, edit in enumerate(extra, start=1)
     ]

@@ -12,7 +12,7 @@ from verification.taps import OPERATIONS
 from verification.teeth import trees
 from verification.teeth.arena import ALIVE, KILLED, Answer, Result
 from verification.teeth.checks import BITS, LEVEL_OF_FINDING, LEVELS, VERIFY
-from verification.teeth.plan import GENERATED, Planted
+from verification.teeth.plan import Planted
 
 # What ends a check without a failure of its own.
 NAMELESS = ("crash", "limit", "error")
@@ -74,13 +74,10 @@ class Row:
             if self.planted.dies_at == "system":
                 return killer.named[0] == expected[0]
             return killer.named == expected
-        if self.planted.group != GENERATED:
-            is_first = killer.label == self.planted.checks[0].label
-            return is_first or (None if not self.planted.has_own else False)
         if killer.label == VERIFY:
             operators = [o.name for o in OPERATIONS.values() if o.twin_file == self._file]
             return killer.named[0] in operators if operators and killer.named else None
-        return killer.label == next(c.label for c in self.planted.checks if c.label != VERIFY)
+        return killer.label in self.planted.own if self.planted.own else None
 
     def cell(self, column: str) -> str | None:
         """What stands in one column of LEVELS: the failed check's mark, or that nothing failed."""
@@ -155,6 +152,11 @@ class Tally:
         """Of those killed of which it can be said: how many were named, and how many there are."""
         known = [row.is_named for row in self.counted if row.is_killed and row.is_named is not None]
         return sum(known), len(known)
+
+    @property
+    def misnamed(self) -> tuple[Row, ...]:
+        """Those of `counted` that something else was named for; not those without a name."""
+        return tuple(row for row in self.counted if row.is_killed and row.is_named is False)
 
     @property
     def at_their_level(self) -> int:

@@ -43,7 +43,7 @@ class Planted:
         wants_all: whether every check is run, or only up to the first that fails.
         expected: (operator, tap, layer) to be named first; None where tests find it.
         dies_at: the level at which it has to die.
-        has_own: whether the first check is the one that must fail.
+        own: labels of the checks of which one must be the first to fail; none: it may be any.
         is_legal: the numbers are as right as before: only bits may notice.
     """
 
@@ -56,7 +56,7 @@ class Planted:
     wants_all: bool = False
     expected: tuple[str, str, int] | None = None
     dies_at: str = "operator"
-    has_own: bool = True
+    own: tuple[str, ...] = ()
     is_legal: bool = False
     source: str = ""
 
@@ -80,7 +80,7 @@ def from_mutant(mutant: Mutant, group: str = CATALOGUE) -> Planted:
 
 def from_tested(fault: TestedFault, group: str = CATALOGUE) -> Planted:
     """One that a test must find; the first listed is its own."""
-    asked = tuple(checks.tests(test) for test in fault.tests)
+    asked = tuple(checks.tests(test, fault.device) for test in fault.tests)
     return Planted(
         fault.id,
         group,
@@ -89,6 +89,7 @@ def from_tested(fault: TestedFault, group: str = CATALOGUE) -> Planted:
         fault.fault,
         asked,
         dies_at=asked[0].level,
+        own=(asked[0].label,),
         source=fault.source,
     )
 
@@ -102,7 +103,7 @@ def hand_made(root: Path) -> list[Planted]:
     planted = [from_mutant(mutant) for mutant in load_catalogue(CATALOGUE_PATH)]
     planted += [from_tested(fault) for fault in faults]
     # A schedule's fault may show in any of the tests that drive the schedule: none has to be first.
-    anywhere = [replace(from_tested(each), dies_at="system", has_own=False) for each in policy]
+    anywhere = [replace(from_tested(each), dies_at="system", own=()) for each in policy]
     return planted + anywhere
 
 

@@ -21,12 +21,13 @@ from engine.errors import (
     InvalidArgument,
     OutOfMemory,
 )
+from engine.model_struct import fill_model_config, fill_options
 from engine.sampling import Logprobs, SamplingBatch
 from engine.sampling_struct import fill_sampling
 from engine.source_stamp import source_stamp
 from engine.tap import Tap, TapPoint
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 LIBRARY_PATH = Path(__file__).resolve().parent / "libengine.so"
 DEVICES: Mapping[str, int] = MappingProxyType({"cpu": 0, "cuda": 1})
@@ -123,7 +124,7 @@ class Library:
         name: str,
         shape: tuple[int, ...] | None = None,
     ) -> object:
-        """A C pointer into a numpy array, which the caller keeps alive.
+        """A numpy array as a C array; the caller keeps it alive.
 
         Raises:
             InvalidArgument: the array has another dtype, not this shape, or is not contiguous.
@@ -135,37 +136,11 @@ class Library:
                 f"{name} must be a contiguous {np.dtype(dtype).name} array, "
                 f"got {values.dtype}{'' if values.flags.c_contiguous else ', not contiguous'}"
             )
-        return self.ffi.cast(f"{c_type} *", self.ffi.from_buffer(self._memory(values, name)))
+        return self.ffi.from_buffer(c_type + "[]", self._memory(values, name))
 
     def _memory(self, values: np.ndarray, name: str) -> np.ndarray:
         """The memory that C is given for a checked array: its own."""
         return values
-
-    def model_config(self, config: ModelConfig) -> object:
-        """The C struct of a model's dimensions."""
-        scaling = config.rope_scaling
-        return self.ffi.new(
-            "EngineModelConfig *",
-            {
-                "vocab_size": config.vocab_size,
-                "hidden_size": config.hidden_size,
-                "intermediate_size": config.intermediate_size,
-                "num_layers": config.num_layers,
-                "num_heads": config.num_heads,
-                "num_kv_heads": config.num_kv_heads,
-                "head_dim": config.head_dim,
-                "tie_word_embeddings": int(config.tie_word_embeddings),
-                "rms_norm_eps": config.rms_norm_eps,
-                "rope_type": int(scaling is not None),
-                "rope_theta": config.rope_theta,
-                "rope_factor": scaling.factor if scaling else 1.0,
-                "rope_low_freq_factor": scaling.low_freq_factor if scaling else 1.0,
-                "rope_high_freq_factor": scaling.high_freq_factor if scaling else 1.0,
-                "rope_original_max_position_embeddings": (
-                    scaling.original_max_position_embeddings if scaling else 0
-                ),
-            },
-        )
 
     def batch(self, batch: Batch) -> object:
         """The C struct of a step's index arrays; `batch` must outlive it.
@@ -212,23 +187,12 @@ class Engine:
         self.config = model_config
         self.engine_config = engine_config
         ffi = library.ffi
-        options = ffi.new(
-            "EngineOptions *",
-            {
-                "device": DEVICES[engine_config.device],
-                "num_threads": engine_config.num_threads,
-                "block_size": engine_config.block_size,
-                "num_blocks": engine_config.num_blocks,
-                "max_seq_len": engine_config.max_seq_len,
-                "max_num_tokens": engine_config.max_num_tokens,
-                "max_num_seqs": engine_config.max_num_seqs,
-            },
-        )
+        model = fill_model_config(ffi, model_config)
+        options = fill_options(ffi, engine_config, DEVICES[engine_config.device])
         handle = ffi.new("Engine **")
-        library.check(
-            library.lib.engine_create(library.model_config(model_config), options, handle)
-        )
+        library.check(library.lib.engine_create(model, options, handle))
         self._handle = handle[0]
+        self._owed: tuple[object, ...] = ()  # of the step that was begun: alive until it has ended
 
     def _call(self, function: str, *arguments: object) -> None:
         if self._handle is None:
@@ -293,8 +257,51 @@ class Engine:
             InvalidArgument: a field of the batch or a tap, by name; nothing was computed.
             DeviceFailed: the device failed; this engine is dead.
         """
+        struct, _owed = self._step(batch, logits, next_ids, sampling, logprobs)
+        structs = self.library.ffi.new("EngineTap[]", max(len(taps), 1))
+        for struct_tap, tap in zip(structs, taps, strict=False):
+            self._fill_tap(struct_tap, tap, len(batch.input_ids), len(batch.logits_indices))
+        self._call("engine_forward", struct, structs, len(taps))
+
+    def forward_begin(
+        self,
+        batch: Batch,
+        logits: np.ndarray | None = None,
+        next_ids: np.ndarray | None = None,
+        sampling: SamplingBatch | None = None,
+        logprobs: Logprobs | None = None,
+    ) -> None:
+        """Start a step; arguments as `forward`'s. The batch's arrays may change from here on.
+
+        Raises:
+            InvalidArgument, DeviceFailed: as `forward`; or a step was begun before.
+        """
+        struct, owed = self._step(batch, logits, next_ids, sampling, logprobs)
+        self._call("engine_forward_begin", struct)
+        self._owed = owed
+
+    def forward_end(self) -> None:
+        """Wait for the step that was begun; its outputs are written now.
+
+        Raises:
+            InvalidArgument: no step was begun.
+            DeviceFailed: the device failed; this engine is dead.
+        """
+        self._call("engine_forward_end")
+        self._owed = ()
+
+    def _step(
+        self,
+        batch: Batch,
+        logits: np.ndarray | None,
+        next_ids: np.ndarray | None,
+        sampling: SamplingBatch | None,
+        logprobs: Logprobs | None,
+    ) -> tuple[object, tuple[object, ...]]:
+        """The C struct of a step, and what must live until it has ended."""
         struct = self.library.batch(batch)
         num_logits = len(batch.logits_indices)
+        sampling_struct = None
         if sampling is not None:
             sampling_struct = fill_sampling(self.library, sampling, logprobs, num_logits)
             struct.sampling = sampling_struct
@@ -305,10 +312,7 @@ class Engine:
             struct.next_ids = self.library.array(
                 next_ids, "int32_t", np.int32, "next_ids", (num_logits,)
             )
-        structs = self.library.ffi.new("EngineTap[]", max(len(taps), 1))
-        for struct_tap, tap in zip(structs, taps, strict=False):
-            self._fill_tap(struct_tap, tap, len(batch.input_ids), num_logits)
-        self._call("engine_forward", struct, structs, len(taps))
+        return struct, (logits, next_ids, sampling, logprobs, sampling_struct)
 
     def decode(self, batch: Batch, num_steps: int, logits: np.ndarray | None = None) -> np.ndarray:
         """Run several greedy steps in a row, each taking the arg-max of the one before.
@@ -321,11 +325,8 @@ class Engine:
         Returns:
             Token ids, int32 [num_steps, num_seqs].
         """
-        struct = self.library.batch(batch)
+        struct, _owed = self._step(batch, logits, None, None, None)
         next_ids = np.empty((num_steps, len(batch.seq_lens)), np.int32)
-        if logits is not None:
-            shape = (len(batch.seq_lens), self.config.vocab_size)
-            struct.logits = self.library.array(logits, "float", np.float32, "logits", shape)
         ids = self.library.array(next_ids, "int32_t", np.int32, "next_ids")
         self._call("engine_decode", struct, num_steps, ids)
         return next_ids

@@ -239,6 +239,7 @@ class EngineConfig:
     max_num_seqs: int  # sequences of one step
     num_threads: int = 0  # CPU threads; 0: every core
     block_size: int = 128  # tokens per KV block
+    enforce_eager: bool = False  # decode steps are launched anew, not replayed as graphs: same bits
 
     def __post_init__(self) -> None:
         """Refuse what no engine can be made of."""
@@ -249,6 +250,10 @@ class EngineConfig:
             raise InvalidArgument(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size}")
         for name in ("num_blocks", "max_seq_len", "max_num_tokens", "max_num_seqs"):
             _check_int(name, getattr(self, name), 1)
+        if not isinstance(self.enforce_eager, bool):
+            raise InvalidArgument(
+                f"enforce_eager must be True or False, got {self.enforce_eager!r}"
+            )
         if self.num_blocks * self.block_size > MAX_INT32:
             raise InvalidArgument(
                 f"num_blocks * block_size must be at most {MAX_INT32}, "

@@ -53,6 +53,7 @@ class ModelRunner:
         self.config = ModelConfig.from_directory(self.directory)
         self.engine_config = engine_config
         self.library = library or Library()
+        self._begun: StepOutput | None = None  # of the step between begin and end
         self.not_finite: dict[str, int] = {}  # tensors with NaN or infinite weights, and how many
         with open_checkpoint(self.directory, self.config) as checkpoint:
             self.engine = Engine(self.library, self.config, engine_config)
@@ -84,15 +85,34 @@ class ModelRunner:
             sampling: how each row's token is chosen and scored; None: the arg-max.
             wants_logits: whether the logits come back; they are most of what a step copies.
         """
+        output = self._output(batch, sampling, wants_logits)
+        self.engine.forward(batch, taps, output.logits, output.next_ids, sampling, output.logprobs)
+        return output
+
+    def begin(
+        self, batch: Batch, sampling: SamplingBatch | None = None, wants_logits: bool = True
+    ) -> None:
+        """Start a step; the batch's arrays may change from here on. `end` must follow."""
+        output = self._output(batch, sampling, wants_logits)
+        self.engine.forward_begin(batch, output.logits, output.next_ids, sampling, output.logprobs)
+        self._begun = output
+
+    def end(self) -> StepOutput:
+        """Wait for the step that was begun; what it gave."""
+        self.engine.forward_end()
+        return self._begun
+
+    def _output(
+        self, batch: Batch, sampling: SamplingBatch | None, wants_logits: bool
+    ) -> StepOutput:
+        """Arrays for a step to fill."""
         num_logits = len(batch.logits_indices)
         logits, logprobs = None, None
         if wants_logits:
             logits = np.empty((num_logits, self.config.vocab_size), np.float32)
         if sampling is not None and sampling.max_logprobs is not None:
             logprobs = Logprobs.empty(num_logits, sampling.max_logprobs)
-        next_ids = np.empty(num_logits, np.int32)
-        self.engine.forward(batch, taps, logits, next_ids, sampling, logprobs)
-        return StepOutput(logits, next_ids, logprobs)
+        return StepOutput(logits, np.empty(num_logits, np.int32), logprobs)
 
     def tap_buffer(self, point: TapPoint, batch: Batch) -> np.ndarray:
         """An array of the right shape and dtype for a tap of this batch."""

@@ -9,6 +9,7 @@ from engine.batch import Batch
 from engine.bindings import DEVICES, Library
 from engine.config import ModelConfig
 from engine.errors import InvalidArgument
+from engine.model_struct import fill_model_config
 from engine.sampling import Logprobs, SamplingBatch
 from engine.sampling_struct import fill_sampling
 
@@ -134,7 +135,7 @@ class Ops:
     def rope_table(self, config: ModelConfig, max_positions: int) -> np.ndarray:
         """The model's table of cos and sin, [max_positions, head_dim]: cos, then sin."""
         table = np.empty((max_positions, config.head_dim), np.uint16)
-        struct = self.library.model_config(config)
+        struct = fill_model_config(self.library.ffi, config)
         self._call("op_rope_table", self._bf16(table, "table"), struct, max_positions)
         return table
 

@@ -28,6 +28,7 @@ class Room:
         gpu_memory_utilization: of the memory that weights and workspace leave, over 0 .. 1.
         kv_cache_memory_bytes: of the KV cache; overrides the share, and the CPU's 1 GiB.
         num_threads: CPU threads; 0: every core.
+        enforce_eager: no CUDA graphs.
     """
 
     max_model_len: int | None = None
@@ -37,6 +38,7 @@ class Room:
     gpu_memory_utilization: float = 0.9
     kv_cache_memory_bytes: int | None = None
     num_threads: int = 0
+    enforce_eager: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what `EngineConfig` will not see, and what it could not be computed from."""
@@ -101,6 +103,7 @@ def make_room(
         max_num_seqs=max_num_seqs,
         num_threads=room.num_threads,
         block_size=room.block_size,
+        enforce_eager=room.enforce_eager,
     )
     if room.kv_cache_memory_bytes is not None:
         cache_bytes = room.kv_cache_memory_bytes
@@ -122,6 +125,7 @@ def make_room(
         max_num_seqs=max_num_seqs,
         num_threads=room.num_threads,
         block_size=room.block_size,
+        enforce_eager=room.enforce_eager,
     )
 
 

@@ -65,6 +65,7 @@ typedef struct EngineOptions {
     int32_t max_seq_len;     // tokens of the longest sequence, prompt and answer
     int32_t max_num_tokens;  // tokens of one step
     int32_t max_num_seqs;    // sequences of one step
+    int32_t enforce_eager;   // 1: decode steps are launched anew each time, not replayed as graphs
 } EngineOptions;
 
 // How the token of one row of logits is chosen, and whether it is scored. docs/numerics.md section 8 has
@@ -183,6 +184,12 @@ Status engine_read_weight(Engine *engine, const char *name, void *data, int64_t 
 Status engine_finish_loading(Engine *engine);
 
 Status engine_forward(Engine *engine, const EngineBatch *batch, const EngineTap *taps, int32_t num_taps);
+
+// The same in two calls, so that the caller works while the device does. Once `begin` has returned, the
+// batch and its index arrays may change; its sampling and its outputs must live until `end`, which waits
+// and fills them. Between the two no other step may begin. Logits are waited for by `begin` where wanted.
+Status engine_forward_begin(Engine *engine, const EngineBatch *batch);
+Status engine_forward_end(Engine *engine);
 
 // `num_steps` greedy steps in a row without a look at the host: step i + 1 takes the arg-max of step i.
 // `batch` is the first step, its sampling null; every sequence has one new token, logits_indices names

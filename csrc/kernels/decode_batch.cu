@@ -111,6 +111,7 @@ static Status capture(cudaGraphExec_t *executable, const BatchStep &step, cudaSt
 
 static Status run_layers(const BatchStep &step, int bucket, cudaStream_t stream) {
     DecodeGraphs *graphs = step.problem.graphs;
+    if (graphs == nullptr) return launch_layers(step, stream);
     if (!graphs->has_run[bucket]) {
         TRY(launch_layers(step, stream));
         graphs->has_run[bucket] = true;

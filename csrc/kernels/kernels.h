@@ -260,7 +260,7 @@ typedef struct DecodeProblem {
     float *logits;           // [num_seqs, vocab_size]
     int32_t *next_ids;       // [num_seqs]
     void *workspace;         // decode_workspace_bytes, zeroed once
-    DecodeGraphs *graphs;    // opened once for this problem
+    DecodeGraphs *graphs;    // opened once for this problem, or null: launches are not recorded
 } DecodeProblem;
 
 // Bytes that decode_step needs, or 0 where it does not serve such a model.

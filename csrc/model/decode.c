@@ -16,7 +16,6 @@ Status decode_forward(Model *model, const BatchIndex *batch, int steps_before, i
     const Kernels *k = model->kernels;
     Activations *a = &model->activations;
     Stream stream = model->stream;
-    size_t row_bytes = (size_t)batch->num_seqs * sizeof(int32_t);
     DecodeProblem problem = model->decode;
     BatchIndex longest = *batch;
     longest.max_seq_len += steps_before + num_steps - 1;
@@ -27,9 +26,7 @@ Status decode_forward(Model *model, const BatchIndex *batch, int steps_before, i
     if (logits)
         TRY(k->copy_out(logits, a->logits,
                         (size_t)batch->num_seqs * model->config.vocab_size * sizeof(float), stream));
-    if (sampling)
-        TRY(model_choose(model, sampling, 0, batch->num_seqs, next_ids));
-    else if (next_ids)
-        TRY(k->copy_out(next_ids, a->next_ids, (size_t)num_steps * row_bytes, stream));
-    return k->synchronize(stream);
+    if (sampling) return model_choose(model, sampling, 0, batch->num_seqs, next_ids);
+    model->chosen = (Chosen){.num_rows = num_steps * batch->num_seqs, .next_ids = next_ids};
+    return STATUS_OK;
 }

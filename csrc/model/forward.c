@@ -114,6 +114,5 @@ Status model_forward(Model *model, const BatchIndex *batch, const TapSet *taps,
         TRY(attention_block(model, layer, batch, taps));
         TRY(mlp_block(model, layer, batch, taps));
     }
-    TRY(output_block(model, batch, taps, sampling, logits, next_ids));
-    return model->kernels->synchronize(model->stream);
+    return output_block(model, batch, taps, sampling, logits, next_ids);
 }

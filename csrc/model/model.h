@@ -58,6 +58,14 @@ typedef struct SamplingSizes {
 
 SamplingSizes sampling_sizes(int max_rows, int vocab_size);
 
+// Tokens chosen on the backend; their ids, and scores where asked for, are not on the host yet.
+typedef struct Chosen {
+    int first, num_rows;  // which of the step's rows of logits; no rows: nothing is owed
+    int is_scored;
+    const EngineSampling *sampling;  // null: all by arg-max
+    int32_t *next_ids;               // host [num_rows], or null
+} Chosen;
+
 typedef struct Model {
     EngineModelConfig config;
     const Kernels *kernels;
@@ -65,6 +73,7 @@ typedef struct Model {
     Weights weights;
     Activations activations;
     SamplingRoom sampling;
+    Chosen chosen;         // what model_collect will bring
     KvLayer *cache;        // [num_layers]
     DecodeProblem decode;  // for the backend's fused step; workspace is null where it has none
 } Model;
@@ -96,6 +105,7 @@ typedef struct SamplingTask {
     const uint64_t *uniforms;  // host [all rows], or null: the rows' own
     int32_t *ids;              // backend [num_rows]
     int vocab_size;
+    Chosen *chosen;  // the slice whose results still lie in the room
 } SamplingTask;
 
 // The kernels' arrays for rows first .. first + num_rows - 1, in the backend's memory; `edits` are the
@@ -104,12 +114,15 @@ Status stage_sampling(const SamplingTask *task, int first, int num_rows, const E
                       const SampleRow **rows, const LogitEdit **device_edits, int *num_edits);
 
 // Rows first .. first + num_rows - 1 of a step, whose logits are given: tokens to the host array next_ids
-// [num_rows], unless null, and scores to the sampling's arrays. The logits are left as they were.
+// [num_rows], unless null, and scores to the sampling's arrays. The logits are left as they were. Rows go
+// in slices; a slice's results are collected before the next takes their room, the last's by
+// collect_tokens.
 Status choose_tokens(const SamplingTask *task, float *logits, int first, int num_rows, int32_t *next_ids);
+Status collect_tokens(const SamplingTask *task);
 
 // The fused step: whether it can take this batch, and one or several greedy steps with it. `next_ids` is
 // [num_steps, num_seqs] on the host, or null. The batch's arrays advance in place; `steps_before` are
-// already done. `sampling` chooses the last step's tokens, where not null.
+// already done. `sampling` chooses the last step's tokens, where not null. Ended by model_collect.
 int decode_applies(const Model *model, const BatchIndex *batch);
 Status decode_forward(Model *model, const BatchIndex *batch, int steps_before, int num_steps,
                       const EngineSampling *sampling, float *logits, int32_t *next_ids);
@@ -119,9 +132,11 @@ int prefill_applies(const Model *model, const BatchIndex *batch);
 Status prefill_layer(Model *model, int layer, const BatchIndex *batch);
 
 // One step: fills host arrays logits [num_logits, vocab_size] and next_ids [num_logits], either may be
-// null; next_ids are the arg-max, or chosen as `sampling` says, unless null.
+// null; next_ids are the arg-max, or chosen as `sampling` says, unless null. Returns once everything is on
+// the stream; model_collect waits for it and fills what is still owed.
 Status model_forward(Model *model, const BatchIndex *batch, const TapSet *taps,
                      const EngineSampling *sampling, float *logits, int32_t *next_ids);
-// Its end: the logits of rows first .. first + num_rows - 1 of the step are in the activations.
+Status model_collect(Model *model);
+// Its last part: the logits of rows first .. first + num_rows - 1 of the step are in the activations.
 Status model_choose(Model *model, const EngineSampling *sampling, int first, int num_rows,
                     int32_t *next_ids);

@@ -84,6 +84,20 @@ static void report(const EngineSampling *s, int row, const TokenScore *score) {
     }
 }
 
+Status collect_tokens(const SamplingTask *t) {
+    const SamplingRoom *room = t->room;
+    Chosen chosen = *t->chosen;
+    *t->chosen = (Chosen){.num_rows = 0};
+    if (chosen.is_scored) {
+        TRY(t->kernels->copy_out(room->host_scores, room->scores, chosen.num_rows * sizeof(TokenScore),
+                                 t->stream));
+        for (int i = 0; i < chosen.num_rows; i++)
+            report(chosen.sampling, chosen.first + i, &room->host_scores[i]);
+    }
+    if (!chosen.next_ids) return STATUS_OK;
+    return t->kernels->copy_out(chosen.next_ids, t->ids, chosen.num_rows * sizeof(int32_t), t->stream);
+}
+
 static Status choose_some(const SamplingTask *t, float *logits, int first, int num_rows,
                           const EngineLogitEdit *edits, int32_t *next_ids) {
     const Kernels *k = t->kernels;
@@ -92,6 +106,7 @@ static Status choose_some(const SamplingTask *t, float *logits, int first, int n
     const LogitEdit *device_edits;
     int num_edits, is_scored = 0;
     for (int i = 0; i < num_rows; i++) is_scored |= t->sampling->rows[first + i].num_logprobs >= 0;
+    TRY(collect_tokens(t));
     TRY(stage_sampling(t, first, num_rows, edits, &rows, &device_edits, &num_edits));
     if (num_edits)
         TRY(k->edit_logits(logits, room->saved, device_edits, rows, num_edits, t->vocab_size, t->stream));
@@ -99,12 +114,10 @@ static Status choose_some(const SamplingTask *t, float *logits, int first, int n
     TRY(k->sample(t->ids, logits, rows, num_rows, t->vocab_size, t->stream));
     if (num_edits)
         TRY(k->restore_logits(logits, room->saved, device_edits, num_edits, t->vocab_size, t->stream));
-    if (is_scored) {
+    if (is_scored)
         TRY(k->score_tokens(room->scores, logits, t->ids, rows, num_rows, t->vocab_size, t->stream));
-        TRY(k->copy_out(room->host_scores, room->scores, num_rows * sizeof(TokenScore), t->stream));
-        for (int i = 0; i < num_rows; i++) report(t->sampling, first + i, &room->host_scores[i]);
-    }
-    return next_ids ? k->copy_out(next_ids, t->ids, num_rows * sizeof(int32_t), t->stream) : STATUS_OK;
+    *t->chosen = (Chosen){first, num_rows, is_scored, t->sampling, next_ids};
+    return STATUS_OK;
 }
 
 Status choose_tokens(const SamplingTask *task, float *logits, int first, int num_rows, int32_t *next_ids) {
@@ -121,16 +134,31 @@ Status choose_tokens(const SamplingTask *task, float *logits, int first, int num
     return STATUS_OK;
 }
 
+static SamplingTask task_of(Model *model, const EngineSampling *sampling) {
+    return (SamplingTask){.kernels = model->kernels,
+                          .stream = model->stream,
+                          .room = &model->sampling,
+                          .sampling = sampling,
+                          .ids = model->activations.next_ids,
+                          .vocab_size = model->config.vocab_size,
+                          .chosen = &model->chosen};
+}
+
 Status model_choose(Model *model, const EngineSampling *sampling, int first, int num_rows,
                     int32_t *next_ids) {
     const Kernels *k = model->kernels;
     Activations *a = &model->activations;
-    if (sampling) {
-        SamplingTask task = {k,    model->stream, &model->sampling,        sampling,
-                             NULL, a->next_ids,   model->config.vocab_size};
-        return choose_tokens(&task, a->logits, first, num_rows, next_ids);
-    }
+    SamplingTask task = task_of(model, sampling);
+    if (sampling) return choose_tokens(&task, a->logits, first, num_rows, next_ids);
     if (!next_ids) return STATUS_OK;
+    TRY(collect_tokens(&task));
     TRY(k->argmax(a->next_ids, a->logits, num_rows, model->config.vocab_size, model->stream));
-    return k->copy_out(next_ids, a->next_ids, num_rows * sizeof(int32_t), model->stream);
+    model->chosen = (Chosen){.first = first, .num_rows = num_rows, .next_ids = next_ids};
+    return STATUS_OK;
+}
+
+Status model_collect(Model *model) {
+    SamplingTask task = task_of(model, NULL);
+    TRY(collect_tokens(&task));
+    return model->kernels->synchronize(model->stream);
 }

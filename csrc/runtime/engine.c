@@ -223,6 +223,7 @@ Status check_alive(const Engine *e) {
 
 Status outcome(Engine *e, Status status) {
     if (status == STATUS_DEVICE_ERROR) e->is_dead = 1;
+    if (status != STATUS_OK) e->model.chosen = (Chosen){.num_rows = 0};  // nobody waits for them now
     return status;
 }
 
@@ -230,10 +231,12 @@ Status check_usable(const Engine *e) {
     TRY(check_alive(e));
     if (!e->is_ready)
         return fail(STATUS_INVALID_ARGUMENT, "engine_finish_loading was not called, or failed");
+    if (e->is_stepping)
+        return fail(STATUS_INVALID_ARGUMENT, "a step was begun: engine_forward_end comes first");
     return STATUS_OK;
 }
 
-Status engine_forward(Engine *e, const EngineBatch *batch, const EngineTap *taps, int32_t num_taps) {
+static Status begin(Engine *e, const EngineBatch *batch, const EngineTap *taps, int num_taps) {
     if (!batch) return fail(STATUS_INVALID_ARGUMENT, "batch is null");
     TRY(check_usable(e));
     TRY(check_taps(e, taps, num_taps));
@@ -245,5 +248,22 @@ Status engine_forward(Engine *e, const EngineBatch *batch, const EngineTap *taps
     Status status = index_of_batch(e, batch, &index);
     if (status == STATUS_OK)
         status = model_forward(&e->model, &index, &set, batch->sampling, batch->logits, batch->next_ids);
+    e->is_stepping = status == STATUS_OK;
     return outcome(e, status);
+}
+
+Status engine_forward(Engine *e, const EngineBatch *batch, const EngineTap *taps, int32_t num_taps) {
+    TRY(begin(e, batch, taps, num_taps));
+    return engine_forward_end(e);
+}
+
+Status engine_forward_begin(Engine *e, const EngineBatch *batch) {
+    return begin(e, batch, NULL, 0);
+}
+
+Status engine_forward_end(Engine *e) {
+    TRY(check_alive(e));
+    if (!e->is_stepping) return fail(STATUS_INVALID_ARGUMENT, "no step was begun");
+    e->is_stepping = 0;
+    return outcome(e, model_collect(&e->model));
 }

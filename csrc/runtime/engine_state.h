@@ -12,6 +12,7 @@ struct Engine {
     int num_slots;
     int is_ready;         // every weight is loaded
     int is_dead;          // the device failed
+    int is_stepping;      // a step was begun and not ended
     int32_t *index_host;  // staging for one step's index arrays, and their copy on the device
     int32_t *index_device;
     size_t index_count;    // int32 values in each

@@ -56,7 +56,7 @@ Status prepare_decode(Engine *e) {
                                             layer->down_proj,       m->cache[i]};
     }
     problem.layers = e->decode_layers;
-    if (status == STATUS_OK && !e->decode_graphs)
+    if (status == STATUS_OK && !e->decode_graphs && !e->options.enforce_eager)
         status = m->kernels->open_decode_graphs(&e->decode_graphs);
     problem.graphs = e->decode_graphs;
     if (status == STATUS_OK) m->decode = problem;
@@ -98,6 +98,7 @@ static Status decode_one_by_one(Engine *e, const EngineBatch *batch, int num_ste
         if (status == STATUS_OK)
             status = model_forward(&e->model, &index, &no_taps, NULL,
                                    i == num_steps - 1 ? batch->logits : NULL, next_ids + (size_t)i * n);
+        if (status == STATUS_OK) status = model_collect(&e->model);
     }
     return status;
 }
@@ -108,6 +109,7 @@ static Status decode_fused(Engine *e, const BatchIndex *index, int num_steps, fl
         int steps = num_steps - done < GREEDY_STEPS ? num_steps - done : GREEDY_STEPS;
         TRY(decode_forward(&e->model, index, done, steps, NULL, logits,
                            next_ids + (size_t)done * index->num_seqs));
+        TRY(model_collect(&e->model));
     }
     return STATUS_OK;
 }

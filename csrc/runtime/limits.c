@@ -54,7 +54,7 @@ Status check_options(const EngineOptions *o) {
         {"device", o->device, DEVICE_CPU, DEVICE_CUDA}, {"num_threads", o->num_threads, 0, 1024},
         {"block_size", o->block_size, 16, 128},         {"num_blocks", o->num_blocks, 1, INT_MAX / 128},
         {"max_seq_len", o->max_seq_len, 1, 1 << 24},    {"max_num_tokens", o->max_num_tokens, 1, 1 << 20},
-        {"max_num_seqs", o->max_num_seqs, 1, 1 << 16},
+        {"max_num_seqs", o->max_num_seqs, 1, 1 << 16},  {"enforce_eager", o->enforce_eager, 0, 1},
     };
     for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++)
         if (fields[i].value < fields[i].low || fields[i].value > fields[i].high)

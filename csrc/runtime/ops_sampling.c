@@ -19,6 +19,7 @@ static Status check_sampling(const EngineSampling *sampling, int num_rows, int v
 typedef struct Prepared {
     SamplingRoom room;
     SamplingTask task;
+    Chosen chosen;
     float *logits;
 } Prepared;
 
@@ -44,7 +45,8 @@ static Status prepare(Prepared *p, Buffers *b, const float *logits, const Engine
                              .stream = b->context->stream,
                              .room = room,
                              .sampling = sampling,
-                             .vocab_size = vocab_size};
+                             .vocab_size = vocab_size,
+                             .chosen = &p->chosen};
     TRY(output(b, &p->task.ids, num_rows * sizeof(int32_t)));
     return input(b, &p->logits, logits, (size_t)num_rows * vocab_size * sizeof(float));
 }
@@ -56,7 +58,8 @@ Status op_sample(OpContext *context, int32_t *ids, const float *logits, const En
     Prepared p __attribute__((cleanup(prepared_free))) = {.logits = NULL};
     TRY(prepare(&p, &b, logits, sampling, num_rows, vocab_size));
     p.task.uniforms = uniforms;
-    return choose_tokens(&p.task, p.logits, 0, num_rows, ids);
+    TRY(choose_tokens(&p.task, p.logits, 0, num_rows, ids));
+    return collect_tokens(&p.task);
 }
 
 Status op_edit_logits(OpContext *context, float *out, const float *logits, const EngineSampling *sampling,

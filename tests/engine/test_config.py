@@ -376,6 +376,7 @@ def test_any_json_gives_a_config_or_a_checkpoint_error(changes, rope):
         ({"max_num_tokens": 0}, "max_num_tokens"),
         ({"max_num_seqs": 2**31}, "max_num_seqs"),
         ({"max_num_seqs": 1.0}, "max_num_seqs"),
+        ({"enforce_eager": 1}, "enforce_eager must be True or False, got 1"),
     ],
 )
 def test_an_engine_without_room_is_refused_by_name(change, expected):

@@ -81,6 +81,7 @@ def test_a_cache_without_a_block_is_refused():
         {"max_num_batched_tokens": 2**40},
         {"block_size": 17},
         {"num_threads": -1},
+        {"enforce_eager": 1},
         {"gpu_memory_utilization": 0},
         {"gpu_memory_utilization": 1.01},
         {"gpu_memory_utilization": math.nan},

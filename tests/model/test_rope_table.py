@@ -7,6 +7,7 @@ import pytest
 
 from engine.config import ModelConfig, RopeScaling
 from engine.errors import InvalidArgument
+from engine.model_struct import fill_model_config
 from engine.ops import Ops
 from tests.twin import contract
 from tests.twin.bits import assert_same_bits
@@ -129,7 +130,7 @@ def test_transformers_rotary_module_has_the_same_rows(twin: Ops, config: ModelCo
 def test_an_empty_table_is_refused(twin: Ops, max_positions: int):
     library = twin.library
     table = library.ffi.new("uint16_t[64]")
-    config = library.model_config(LLAMA)
+    config = fill_model_config(library.ffi, LLAMA)
 
     with pytest.raises(InvalidArgument, match=f"max_positions is {max_positions}"):
         library.check(library.lib.op_rope_table(twin._context, table, config, max_positions))

@@ -139,6 +139,8 @@ class Life:
         nine = build_batch([SequenceSlice([7], i, [6]) for i in range(9)], 16)
         for _ in range(3):  # launched, recorded as a graph, replayed
             engine.forward(nine, next_ids=np.empty(9, np.int32))
+        engine.forward_begin(nine, next_ids=np.empty(9, np.int32))
+        engine.forward_end()
         engine.read_kv(0, np.arange(4, dtype=np.int32))
         engine.fill_blocks([5], 0x7FC1)
         engine.read_weight("model.norm.weight")

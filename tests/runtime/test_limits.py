@@ -117,6 +117,8 @@ def test_an_impossible_model_is_refused_by_field_limit_and_value(
         ("max_num_tokens", 2**31 - 1, "max_num_tokens is 2147483647"),
         ("max_num_seqs", 0, "max_num_seqs is 0"),
         ("max_num_seqs", 2**31 - 1, "max_num_seqs is 2147483647"),
+        ("enforce_eager", 2, "enforce_eager is 2, must be 0 .. 1"),
+        ("enforce_eager", -1, "enforce_eager is -1"),
     ],
 )
 def test_impossible_room_is_refused_by_field_limit_and_value(

@@ -1,35 +1,24 @@
 """The command line: `python -m engine generate --model NAME "a prompt"`, and `bench`.
 
-Decides options, what goes to stdout (the answer) and what to stderr (progress, timings, errors),
-and the exit code: 0 done, 1 the engine refused or failed, 2 wrong use, 130 interrupted. Knows
-nothing of how an answer is made.
+Decides what goes to stderr (progress, errors) and the exit code: 0 done, 1 the engine refused or
+failed, 2 wrong use, 130 interrupted. What the subcommands do is their own modules'.
 """
 
 import argparse
 import io
-import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from engine.bench_command import add_bench_parser, run_bench
-from engine.config import EngineConfig, ModelConfig
-from engine.errors import DeviceUnavailable, EngineError, InvalidArgument
-from engine.generate import Answer, GreedyDecoder, Timings, answer_length, room_for
-from engine.models import model_names, resolve
-from engine.tokenizer import Tokenizer
+from engine.errors import EngineError
+from engine.generate_command import RunnerFactory, add_generate_parser, run_generate
 
 EXIT_ENGINE_ERROR = 1
 EXIT_INTERRUPTED = 130
-
-# Makes a runner for a model directory; told of progress as (what, done, total).
-RunnerFactory = Callable[[Path, EngineConfig, Callable[[str, int, int], None]], Any]
 
 
 class ProgressBar:
@@ -79,7 +68,7 @@ def main(arguments: Sequence[str] | None = None, make_runner: RunnerFactory | No
         if options.command == "bench":
             run_bench(options, bar.report)
         else:
-            _generate(options, make_runner or _model_runner, bar)
+            run_generate(options, make_runner, bar.report, bar.close)
     except BrokenPipeError:
         # The reader has gone; the interpreter must not complain about it when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -101,177 +90,9 @@ def main(arguments: Sequence[str] | None = None, make_runner: RunnerFactory | No
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m engine", description="Run Llama models.")
     commands = parser.add_subparsers(dest="command", required=True)
-    generate = commands.add_parser(
-        "generate", help="answer one prompt, greedily", description="Answer one prompt, greedily."
-    )
-    generate.add_argument("prompt", help="the prompt; - reads it from standard input")
-    generate.add_argument(
-        "--model",
-        default="smollm2-135m",
-        help=f"a directory, a hub id org/name, or one of {', '.join(model_names())} "
-        "(default: %(default)s)",
-    )
-    style = generate.add_mutually_exclusive_group()
-    style.add_argument(
-        "--chat",
-        action="store_const",
-        const="chat",
-        dest="style",
-        help="the prompt is a user's message (default if the model has a chat template)",
-    )
-    style.add_argument(
-        "--raw",
-        action="store_const",
-        const="raw",
-        dest="style",
-        help="the prompt is a text to go on with",
-    )
-    generate.add_argument(
-        "--max-tokens", type=_positive, help="longest answer, in tokens (default: 256 if they fit)"
-    )
-    generate.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto: cuda where there is one (default)",
-    )
-    generate.add_argument(
-        "--threads", type=_positive, default=0, help="CPU threads (default: every core)"
-    )
-    generate.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of the text"
-    )
+    add_generate_parser(commands)
     add_bench_parser(commands)
     return parser
-
-
-def _generate(options: argparse.Namespace, make_runner: RunnerFactory, bar: ProgressBar) -> None:
-    """Load, answer, print."""
-    directory = resolve(options.model, bar.report)
-    config = ModelConfig.from_directory(directory)
-    tokenizer = Tokenizer.from_directory(directory)
-    prompt_ids = _encode(tokenizer, _prompt_text(options.prompt), options.style)
-    max_tokens = answer_length(config, len(prompt_ids), options.max_tokens)
-
-    opened = _open_runner(make_runner, directory, options, len(prompt_ids), max_tokens, bar)
-    with opened.runner as runner:
-        bar.close()
-        for name, count in runner.not_finite.items():
-            print(f"warning: {name} has {count} NaN or infinite weights", file=sys.stderr)
-        decoder = GreedyDecoder(
-            runner, opened.engine_config, prompt_ids, max_tokens, config.eos_token_ids
-        )
-        stream = tokenizer.stream()
-        for token_id in decoder:
-            piece = stream.push(token_id)
-            if not options.json:
-                print(piece, end="", flush=True)
-        if not options.json:
-            print(stream.finish(), flush=True)
-    answer = decoder.answer()
-    device = opened.engine_config.device
-    if options.json:
-        print(json.dumps(_as_json(options.model, device, tokenizer, answer), ensure_ascii=False))
-    else:
-        print(_summary(device, answer.timings), file=sys.stderr)
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """A runner and the room it was given."""
-
-    runner: Any
-    engine_config: EngineConfig
-
-
-def _open_runner(
-    make_runner: RunnerFactory,
-    directory: Path,
-    options: argparse.Namespace,
-    num_prompt_tokens: int,
-    max_tokens: int,
-    bar: ProgressBar,
-) -> _Opened:
-    """The model on the device asked for; on its own account cuda first, then the CPU."""
-    if options.device == "auto":
-        engine_config = room_for(num_prompt_tokens, max_tokens, "cuda", options.threads)
-        try:
-            return _Opened(make_runner(directory, engine_config, bar.report), engine_config)
-        except DeviceUnavailable:
-            pass  # asked for whatever there is: no GPU here is not an error
-    device = "cpu" if options.device == "auto" else options.device
-    engine_config = room_for(num_prompt_tokens, max_tokens, device, options.threads)
-    return _Opened(make_runner(directory, engine_config, bar.report), engine_config)
-
-
-def _model_runner(
-    directory: Path, engine_config: EngineConfig, progress: Callable[[str, int, int], None]
-) -> Any:
-    # Here, not above: wrong use and --help must work where the library is not built yet.
-    from engine.model_runner import ModelRunner
-
-    def on_tensor(done: int, total: int, name: str) -> None:
-        progress("loading weights", done, total)
-
-    return ModelRunner(directory, engine_config, progress=on_tensor)
-
-
-def _prompt_text(argument: str) -> str:
-    """The prompt itself, from the command line or from standard input."""
-    text = argument
-    if argument == "-":
-        try:
-            text = sys.stdin.buffer.read().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InvalidArgument(f"prompt must be UTF-8, is not at byte {error.start}") from error
-    if not text:
-        raise InvalidArgument("prompt must have at least 1 character, got 0")
-    return text
-
-
-def _encode(tokenizer: Tokenizer, prompt: str, style: str | None) -> list[int]:
-    """Token ids of the prompt: a message if the model knows them, unless raw text was asked for."""
-    if style == "chat" or (style is None and tokenizer.has_chat_template):
-        return tokenizer.encode_chat([{"role": "user", "content": prompt}])
-    return tokenizer.encode(prompt, add_bos=tokenizer.adds_bos)
-
-
-def _as_json(model: str, device: str, tokenizer: Tokenizer, answer: Answer) -> dict[str, Any]:
-    timings = answer.timings
-    return {
-        "model": model,
-        "device": device,
-        "text": tokenizer.decode(answer.token_ids),
-        "token_ids": list(answer.token_ids),
-        "finish_reason": answer.finish_reason,
-        "timings": {
-            **asdict(timings),
-            "prefill_tokens_per_second": timings.prefill_tokens_per_second,
-            "decode_tokens_per_second": timings.decode_tokens_per_second,
-        },
-    }
-
-
-def _summary(device: str, timings: Timings) -> str:
-    """One line: tokens and tokens per second of both phases."""
-    parts = [
-        f"prefill {timings.num_prompt_tokens} tokens"
-        + _shown_rate(timings.prefill_tokens_per_second),
-        f"decode {timings.num_new_tokens} tokens" + _shown_rate(timings.decode_tokens_per_second),
-    ]
-    return f"[{device}] " + ", ".join(parts)
-
-
-def _shown_rate(rate: float | None) -> str:
-    return "" if rate is None else f" at {rate:.1f} tokens/s"
-
-
-def _positive(text: str) -> int:
-    """An argument that must be an integer of at least 1."""
-    value = int(text)  # argparse turns ValueError into wrong use
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,80 +11,76 @@ from engine.generate import (
     BLOCK_SIZE,
     DEFAULT_MAX_TOKENS,
     MAX_STEP_TOKENS,
-    Answer,
-    GreedyDecoder,
+    Generation,
     Timings,
     answer_length,
     room_for,
 )
+from engine.llm_engine import LLMEngine
+from engine.outputs import CompletionOutput
+from engine.sampling import Logprobs, SamplingBatch
+from engine.sampling_params import SamplingParams
 from engine.sources.toy import CONFIGS
+from tests.engine.paged_token_model import AtOnce, Output
 
-CONFIG = replace(CONFIGS["toy"], max_position_embeddings=1000)
 EOS = 257
+CONFIG = replace(CONFIGS["toy"], max_position_embeddings=1000, eos_token_ids=(EOS, 300))
 
 
-@dataclass(frozen=True)
-class Step:
-    next_ids: np.ndarray
-
-
-class ScriptedRunner:
-    """Gives back scripted tokens and keeps every batch."""
+class ScriptedRunner(AtOnce):
+    """Gives scripted tokens to its rows, in order, and keeps every batch and its sampling."""
 
     def __init__(self, script: list[int]) -> None:
         self.script = list(script)
         self.batches: list[Batch] = []
+        self.samplings: list[SamplingBatch | None] = []
 
-    def forward(self, batch: Batch) -> Step:
-        self.batches.append(batch)
-        num_logits = len(batch.logits_indices)
-        assert num_logits in (0, 1)
-        return Step(np.array([self.script.pop(0)] if num_logits else [], np.int32))
+    def forward(
+        self, batch: Batch, *, sampling: SamplingBatch | None, wants_logits: bool
+    ) -> Output:
+        self.batches.append(Batch(**{name: array.copy() for name, array in vars(batch).items()}))
+        self.samplings.append(sampling)
+        rows = len(batch.logits_indices)
+        tokens = [self.script.pop(0) for _ in range(rows)]
+        return Output(np.zeros((rows, 1)), np.array(tokens, np.int32), Logprobs.empty(rows, 0))
 
 
 def decode(
     script: list[int], num_prompt_tokens: int = 3, max_tokens: int = 8, step: int = MAX_STEP_TOKENS
-) -> tuple[ScriptedRunner, list[int], Answer]:
+) -> tuple[ScriptedRunner, CompletionOutput, Timings]:
     runner = ScriptedRunner(script)
     room = room_for(num_prompt_tokens, max_tokens, "cpu")
     room = replace(room, max_num_tokens=min(step, num_prompt_tokens))
     prompt_ids = [10 + i % 200 for i in range(num_prompt_tokens)]
-    decoder = GreedyDecoder(runner, room, prompt_ids, max_tokens, (EOS, 300))
-    tokens = list(decoder)
-    return runner, tokens, decoder.answer()
+    params = SamplingParams(temperature=0, max_tokens=max_tokens)
+    generation = Generation(LLMEngine(runner, CONFIG, room), prompt_ids, params)
+    outputs = list(generation)
+    return runner, outputs[-1].outputs[0], generation.timings()
 
 
 @pytest.mark.parametrize("eos", [EOS, 300])
-def test_any_eos_token_ends_the_answer_and_is_not_part_of_it(eos):
-    runner, tokens, answer = decode([5, 6, eos, 7])
+def test_any_eos_token_ends_the_answer(eos):
+    runner, answer, timings = decode([5, 6, eos, 7])
 
-    assert tokens == [5, 6] == list(answer.token_ids)
+    assert answer.token_ids == (5, 6, eos)
     assert answer.finish_reason == "stop"
-    assert len(runner.batches) == 3
-    assert answer.timings.num_new_tokens == 3
+    assert len(runner.batches) == timings.num_new_tokens == 3
+
+
+def test_the_first_token_may_end_the_answer():
+    runner, answer, timings = decode([EOS, 7])
+
+    assert (answer.token_ids, answer.finish_reason) == ((EOS,), "stop")
+    assert len(runner.batches) == timings.num_new_tokens == 1
 
 
 def test_max_tokens_ends_the_answer_without_a_wasted_step():
-    runner, tokens, answer = decode([5, 6, 7, 8], max_tokens=3)
+    runner, answer, _ = decode([5, 6, 7, 8], max_tokens=3)
 
-    assert tokens == [5, 6, 7]
+    assert answer.token_ids == (5, 6, 7)
     assert answer.finish_reason == "length"
     assert len(runner.batches) == 3
     assert runner.script == [8]
-
-
-def test_an_eos_token_at_the_very_end_counts_as_stop():
-    _, tokens, answer = decode([5, EOS], max_tokens=2)
-
-    assert tokens == [5]
-    assert answer.finish_reason == "stop"
-
-
-def test_an_answer_may_be_empty():
-    _, tokens, answer = decode([EOS])
-
-    assert tokens == []
-    assert answer == Answer((), "stop", answer.timings)
 
 
 @settings(derandomize=True, deadline=None)
@@ -92,13 +88,13 @@ def test_an_answer_may_be_empty():
 def test_steps_cover_every_position_once_in_order(num_prompt_tokens, num_new, step):
     script = list(range(1, num_new + 1))
 
-    runner, tokens, _ = decode(script, num_prompt_tokens, num_new, step)
+    runner, answer, timings = decode(script, num_prompt_tokens, num_new, step)
 
     fed = np.concatenate([batch.input_ids for batch in runner.batches])
     positions = np.concatenate([batch.positions for batch in runner.batches])
     slots = np.concatenate([batch.slot_mapping for batch in runner.batches])
     prompt = [10 + i % 200 for i in range(num_prompt_tokens)]
-    assert tokens == script
+    assert answer.token_ids == tuple(script)
     assert fed.tolist() == prompt + script[:-1]
     assert positions.tolist() == list(range(num_prompt_tokens + num_new - 1))
     assert slots.tolist() == positions.tolist()  # blocks 0, 1, 2, ... in order
@@ -108,6 +104,18 @@ def test_steps_cover_every_position_once_in_order(num_prompt_tokens, num_new, st
     assert [len(batch.logits_indices) for batch in runner.batches] == (
         [0] * (num_prefill - 1) + [1] * num_new
     )
+    assert timings.prefill_seconds > 0 and (timings.decode_seconds > 0) == (num_new > 1)
+
+
+def test_timings_of_an_unfinished_request_are_nobodys():
+    room = room_for(1, 4, "cpu")
+    generation = Generation(
+        LLMEngine(ScriptedRunner([5, 6]), CONFIG, room), [1], SamplingParams(max_tokens=4)
+    )
+    next(iter(generation))
+
+    with pytest.raises(AssertionError, match="not finished"):
+        generation.timings()
 
 
 @pytest.mark.parametrize(
@@ -162,9 +170,10 @@ def test_a_long_prompt_is_prefilled_in_steps_of_bounded_size():
     assert room_for(MAX_STEP_TOKENS + 1, 1, "cpu").max_num_tokens == MAX_STEP_TOKENS
 
 
-def test_an_empty_prompt_is_refused():
-    with pytest.raises(InvalidArgument, match="prompt must have at least 1 token, got 0"):
-        GreedyDecoder(ScriptedRunner([]), room_for(1, 1, "cpu"), [], 1, ())
+def test_several_answers_have_room_at_once():
+    room = room_for(2, 128, "cpu", num_answers=3)
+
+    assert (room.num_blocks, room.max_num_seqs, room.max_num_tokens) == (6, 3, 3)
 
 
 def test_rates_leave_out_what_was_not_measured():

@@ -18,17 +18,21 @@ class FakeModel(ScriptedRunner):
     """A runner that answers "hi é!" and can be told to fail."""
 
     def __init__(
-        self, failure: Exception | None = None, not_finite: dict[str, int] | None = None
+        self,
+        room: EngineConfig,
+        failure: Exception | None = None,
+        not_finite: dict[str, int] | None = None,
     ) -> None:
         super().__init__([*"hi é!".encode(), EOS])
+        self.engine_config = room
         self.failure = failure
         self.not_finite = not_finite or {}
         self.is_closed = False
 
-    def forward(self, batch):
+    def forward(self, batch, **options):
         if self.failure is not None:
             raise self.failure
-        return super().forward(batch)
+        return super().forward(batch, **options)
 
     def __enter__(self):
         return self
@@ -51,7 +55,7 @@ class Factory:
             raise DeviceUnavailable(f"device {room.device}: not here")
         progress("loading weights", 1, 2)
         self.rooms.append(room)
-        self.models.append(FakeModel(**self.settings))
+        self.models.append(FakeModel(room, **self.settings))
         return self.models[-1]
 
 
@@ -85,9 +89,10 @@ def test_json_is_one_object_and_nothing_else(capsys):
     answer = json.loads(out)
     assert (code, err) == (0, "")
     assert answer["text"] == "hi é!"
-    assert answer["token_ids"] == list("hi é!".encode())
-    assert answer["finish_reason"] == "stop"
+    assert answer["token_ids"] == [*"hi é!".encode(), EOS]
+    assert (answer["finish_reason"], answer["stop_reason"]) == ("stop", None)
     assert answer["device"] == "cpu"
+    assert "outputs" not in answer and "logprobs" not in answer
     assert answer["timings"]["num_prompt_tokens"] == 5
     assert answer["timings"]["prefill_tokens_per_second"] > 0
 
@@ -126,6 +131,92 @@ def test_options_reach_the_engine():
     assert factory.rooms[0].max_seq_len == 201
 
 
+def sampled(*arguments: str) -> np.void:
+    """The sampling of the first step's only row."""
+    factory = Factory()
+    assert generate("--json", *arguments, "hello", factory=factory) == 0
+    return factory.models[0].samplings[0]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "field", "expected"),
+    [
+        ("--temperature", "0.5", "temperature", np.float32(0.5)),
+        ("--top-k", "7", "top_k", 7),
+        ("--top-p", "0.25", "top_p", np.float32(0.25)),
+        ("--min-p", "0.125", "min_p", np.float32(0.125)),
+        ("--repetition-penalty", "1.5", "repetition_penalty", np.float32(1.5)),
+        ("--presence-penalty", "0.5", "presence_penalty", np.float32(0.5)),
+        ("--frequency-penalty", "-0.5", "frequency_penalty", np.float32(-0.5)),
+        ("--seed", "9", "seed", 9),
+        ("--logprobs", "3", "num_logprobs", 3),
+    ],
+)
+def test_an_option_of_sampling_reaches_the_model(option, value, field, expected):
+    # a drawn row in any case, so that there is one to look at
+    assert sampled("--temperature", "1", option, value).rows[0][field] == expected
+
+
+def test_biases_and_bans_reach_the_model():
+    found = sampled("--logit-bias", "5:2", "--logit-bias", "7:-3", "--min-tokens", "2").edits
+
+    assert {(int(e["token_id"]), float(e["bias"])) for e in found} == {(5, 2), (7, -3), (EOS, 0)}
+
+
+def test_greedy_is_the_default_and_tells_no_seed(capsys):
+    assert sampled() is None
+    generate("hello")
+    assert "seed" not in capsys.readouterr().err
+
+
+def test_a_seed_that_was_chosen_is_told(capsys):
+    generate("--temperature", "1", "hello")
+
+    assert "tokens/s, seed " in capsys.readouterr().err
+
+
+def test_a_stop_string_ends_the_answer_and_is_never_shown(capsys):
+    assert generate("--stop", "zz", "--stop", " é", "hello") == 0
+    assert capsys.readouterr().out == "hi\n"
+
+
+def test_a_stop_token_ends_the_answer(capsys):
+    generate("--json", "--stop-token-ids", str(ord("i")), "hello")
+
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["text"], answer["stop_reason"]) == ("h", ord("i"))
+
+
+def test_end_tokens_can_be_ignored(capsys):
+    generate("--json", "--ignore-eos", "--max-tokens", "7", "hello")
+
+    assert json.loads(capsys.readouterr().out)["finish_reason"] == "length"
+
+
+def test_several_answers_are_shown_one_after_another_and_are_a_list_in_json(capsys):
+    arguments = ["--n", "2", "--temperature", "1", "--max-tokens", "2", "hello"]
+    factory = Factory()
+
+    generate(*arguments, factory=factory)
+    shown = capsys.readouterr().out
+    generate("--json", *arguments)
+    found = json.loads(capsys.readouterr().out)
+
+    assert shown == "[0] hi\n[1]  \xc3\n".replace("\xc3", "\ufffd")
+    assert [answer["text"] for answer in found["outputs"]] == ["hi", " \ufffd"]
+    assert (factory.rooms[0].max_num_seqs, factory.rooms[0].num_blocks) == (2, 2)
+
+
+def test_logprobs_are_shown_by_json_only(capsys):
+    generate("--json", "--logprobs", "0", "--max-tokens", "1", "hello")
+    (scores,) = json.loads(capsys.readouterr().out)["logprobs"]
+    assert scores[str(ord("h"))]["rank"] == -1  # what the model of this test says
+
+    with pytest.raises(SystemExit) as leaving:
+        generate("--logprobs", "0", "hello")
+    assert leaving.value.code == 2
+
+
 def test_auto_takes_cuda_where_there_is_one():
     factory = Factory(unavailable=())
 
@@ -145,6 +236,14 @@ def test_cuda_that_was_asked_for_and_is_not_there_is_an_error(capsys):
         ([""], "prompt must have at least 1 character, got 0"),
         (["x" * 16384], "prompt must have at most 16383 tokens"),
         (["--max-tokens", "16384", "x"], "max_tokens must be from 1 to 16383"),
+        (["--temperature", "nan", "x"], "temperature must be 0 or from 1e-05 to 100.0, got nan"),
+        (["--top-p", "2", "x"], "top_p must be from 1e-06 to 1.0, got 2"),
+        (["--n", "2", "x"], "n must be 1 when temperature is 0"),
+        (["--n", "0", "x"], "n must be from 1 to 128, got 0"),
+        (["--seed", "-1", "x"], "seed must be from 0"),
+        (["--stop", "", "x"], "stop must hold strings of 1 to 256 characters"),
+        (["x", "--stop-token-ids", "320"], "stop_token_ids must name ids under vocab_size 320"),
+        (["x", "--logit-bias", "1:inf"], "logit_bias of 1 must be from -100.0 to 100.0, got inf"),
         (["--chat", "x"], "no chat_template"),
         (["--model", "no-such-model", "x"], "'no-such-model' is no directory"),
         (["--model", "", "x"], "model must be a name or a path"),
@@ -191,6 +290,8 @@ def test_an_interrupt_is_no_traceback(capsys):
         ["generate", "--device", "tpu", "x"],
         ["generate", "--chat", "--raw", "x"],
         ["generate", "x", "y"],
+        ["generate", "--top-k", "many", "x"],
+        ["generate", "x", "--logit-bias", "3"],
     ],
 )
 def test_wrong_use_is_exit_code_2(capsys, arguments):

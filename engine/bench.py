@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.batch import Batch
+from engine.batch import Batch, SequenceSlice, build_batch
 from engine.errors import InvalidArgument
 from engine.llm_engine import LLMEngine
 from engine.sampling_params import SamplingParams
@@ -83,15 +83,20 @@ class Clock:
     engine: LLMEngine
     steps: list[tuple[float, float, int, list]] = field(default_factory=list)
 
-    def forward(self, batch: Batch, **options: Any) -> Any:
-        """Run one step; see `ModelRunner.forward`."""
+    def begin(self, batch: Batch, **options: Any) -> None:
+        """Start one step; see `ModelRunner.begin`."""
         sequences = list(self.engine.scheduler.running.sequences)
         if len(batch.logits_indices) != len(sequences):
             rows = np.searchsorted(batch.cu_seqlens_q, batch.logits_indices, "right") - 1
             sequences = [sequences[row] for row in rows.tolist()]
-        began = time.perf_counter()
-        output = self.runner.forward(batch, **options)
-        self.steps.append((began, time.perf_counter(), len(batch.input_ids), sequences))
+        self._step = (time.perf_counter(), len(batch.input_ids), sequences)
+        self.runner.begin(batch, **options)
+
+    def end(self) -> Any:
+        """Wait for it; see `ModelRunner.end`."""
+        output = self.runner.end()
+        began, num_tokens, sequences = self._step
+        self.steps.append((began, time.perf_counter(), num_tokens, sequences))
         return output
 
 
@@ -174,6 +179,70 @@ def figures(
     }
 
 
+@dataclass(frozen=True)
+class PureSteps:
+    """What the model's own steps take, with nothing between them: the measure of a throughput.
+
+    A decode step with every seat taken at the workload's mean context, and a prefill step as full
+    of prompts of the mean length as the budget allows.
+    """
+
+    num_seqs: int
+    context: int  # tokens of each sequence of the decode step
+    decode_seconds: float
+    num_prompt_tokens: int  # of the prefill step
+    prefill_seconds: float
+
+    def seconds_for(self, requests: Items[Planned]) -> float:
+        """For a workload: its prompts in such steps, then all later tokens in such steps."""
+        num_pp = sum(len(planned.prompt_ids) for planned in requests)
+        num_later = sum(planned.max_tokens - 1 for planned in requests)
+        return (
+            num_pp / self.num_prompt_tokens * self.prefill_seconds
+            + num_later / self.num_seqs * self.decode_seconds
+        )
+
+
+def pure_steps(engine: LLMEngine, requests: Items[Planned]) -> PureSteps:
+    """Time both steps on an idle engine; what its cache holds is overwritten.
+
+    Args:
+        engine: without a prefix cache, which would be told nothing of it.
+        requests: of the workload.
+    """
+    config = engine.scheduler.config
+    assert not engine.scheduler.blocks.enable_prefix_caching, "cached blocks would be overwritten"
+    mean_in = round(np.mean([len(planned.prompt_ids) for planned in requests]))
+    mean_out = np.mean([planned.max_tokens for planned in requests])
+    context = min(round(mean_in + mean_out / 2), config.max_seq_len)
+    width = -(-context // config.block_size)
+    num_seqs = min(config.max_num_seqs, len(requests), config.num_blocks // width)
+    tables = np.arange(num_seqs * width).reshape(num_seqs, width).tolist()
+    length = min(mean_in, config.max_num_tokens)
+    count = min(config.max_num_tokens // length, num_seqs)
+    prompts = [SequenceSlice([1] * length, 0, table) for table in tables[:count]]
+    rows = [SequenceSlice([1], context - 1, table) for table in tables]
+    return PureSteps(
+        num_seqs=num_seqs,
+        context=context,
+        decode_seconds=_step_seconds(engine, rows),
+        num_prompt_tokens=count * length,
+        prefill_seconds=_step_seconds(engine, prompts),
+    )
+
+
+def _step_seconds(engine: LLMEngine, slices: list[SequenceSlice]) -> float:
+    """The median of as many steps as half a second holds, 3 to 20, after 3 to warm up."""
+    batch = build_batch(slices, engine.scheduler.config.block_size)
+    seconds: list[float] = []
+    while len(seconds) < 6 or (len(seconds) < 23 and sum(seconds) < 0.5):
+        began = time.perf_counter()
+        engine.runner.begin(batch, sampling=None, wants_logits=False)
+        engine.runner.end()
+        seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds[3:]))
+
+
 def report(title: str, found: dict[str, Any]) -> str:
     """The figures as a short text."""
     lines = [
@@ -191,6 +260,14 @@ def report(title: str, found: dict[str, Any]) -> str:
         f"  in the model  {100 * found['model_share']:.1f} % of the time; beside it "
         f"{found['host_us_per_step']:.0f} us per step; {found['preemptions']} preemptions"
     )
+    if "pure" in found:
+        pure = found["pure"]
+        lines.append(
+            f"  pure steps    {1e3 * pure['prefill_seconds']:.2f} ms for "
+            f"{pure['num_prompt_tokens']} prompt tokens, {1e3 * pure['decode_seconds']:.2f} ms for "
+            f"{pure['num_seqs']} sequences at {pure['context']} tokens: "
+            f"{100 * found['pure_share']:.1f} % of their throughput"
+        )
     return "\n".join(lines)
 
 

@@ -7,9 +7,10 @@ import argparse
 import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
-from engine.bench import Workload, report, serve
+from engine.bench import Workload, pure_steps, report, serve
 
 WARM_UP = Workload(2, (16, 16), (4, 4))
 
@@ -86,13 +87,18 @@ def run_bench(options: argparse.Namespace, progress: Callable[[str, int, int], N
     ) as llm:
         vocab_size = llm.model_config.vocab_size
         serve(llm.engine, WARM_UP.requests(vocab_size))
+        requests = workload.requests(vocab_size)
+        is_all_at_once = math.isinf(workload.request_rate)  # else the time is that of arrivals
+        pure = pure_steps(llm.engine, requests) if is_all_at_once else None
         results = {}
         for kind in ("static", "continuous"):
             if batching in (kind, "both"):
                 group = llm.engine_config.max_num_seqs if kind == "static" else None
-                results[kind] = serve(
-                    llm.engine, workload.requests(vocab_size), workload.temperature, group
-                )
+                found = serve(llm.engine, requests, workload.temperature, group)
+                if pure is not None:
+                    found["pure"] = asdict(pure)
+                    found["pure_share"] = pure.seconds_for(requests) / found["seconds"]
+                results[kind] = found
         device = llm.engine_config.device
     if options.json:
         print(json.dumps({"model": options.model, "device": device, **results}))

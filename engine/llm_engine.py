@@ -41,10 +41,12 @@ class StepResult(Protocol):
 class Runner(Protocol):
     """The part of `ModelRunner` that serving needs."""
 
-    def forward(
-        self, batch: Batch, *, sampling: SamplingBatch | None, wants_logits: bool
-    ) -> StepResult:
-        """Run one step."""
+    def begin(self, batch: Batch, *, sampling: SamplingBatch | None, wants_logits: bool) -> None:
+        """Start a step; the batch's arrays may change from here on."""
+        ...
+
+    def end(self) -> StepResult:
+        """Wait for the step that was begun."""
         ...
 
 
@@ -58,6 +60,7 @@ class LLMEngine:
         tokenizer: None: prompts must be token ids and answers have no text.
         enable_prefix_caching: whether equal prefixes share blocks.
         max_waiting: sequences that may wait; more are refused with `QueueFull`.
+        async_scheduling: whether the next step is prepared while one is computed.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class LLMEngine:
         tokenizer: Tokenizer | None = None,
         enable_prefix_caching: bool = True,
         max_waiting: int = 1 << 16,
+        async_scheduling: bool = True,
     ) -> None:
         self.runner = runner
         self.model_config = model_config
@@ -79,6 +83,7 @@ class LLMEngine:
             max_waiting,
             enable_prefix_caching,
         )
+        self.async_scheduling = async_scheduling
         self._requests: dict[str, Request] = {}
         self._num_arrived = 0
 
@@ -174,7 +179,10 @@ class LLMEngine:
         step = self.scheduler.schedule()
         if step is None:
             return []
-        result = self.runner.forward(step.batch, sampling=self._sampling(step), wants_logits=False)
+        self.runner.begin(step.batch, sampling=self._sampling(step), wants_logits=False)
+        if self.async_scheduling:
+            self.scheduler.prepare(step)
+        result = self.runner.end()
         next_ids = result.next_ids[step.logits_rows] if step.prompts else result.next_ids
         self._score_prompts(step, result)
         committed = self.scheduler.commit(step, next_ids)

@@ -39,9 +39,13 @@ class RunningBatch:
         self.ignores_eos = np.zeros(max_num_seqs, bool)
         self.priorities = np.zeros(max_num_seqs, np.int32)
         self.samplers = np.zeros(max_num_seqs, ROW)  # but for position and edits
+        self.newest_ids = np.zeros(max_num_seqs, np.int32)  # each row's last sampled token
+        self.next_slots = np.zeros(max_num_seqs, np.int32)  # for it, where `is_ahead`
         arrays = [array for array in vars(self).values() if isinstance(array, np.ndarray)]
         self._arrays = [array for array in arrays if array.ndim == 1]  # one value per row
         self._counting = np.arange(max_num_seqs + 1, dtype=np.int32)
+        self._num_steps = 0  # committed
+        self._ahead_of: int | None = None  # the value of _num_steps at which next_slots hold
 
     @property
     def num_seqs(self) -> int:
@@ -67,6 +71,7 @@ class RunningBatch:
         if sequence.sampler is not None:
             self.samplers[row] = np.frombuffer(sequence.sampler.row, ROW)[0]
         self.refresh_blocks(sequence)
+        self._ahead_of = None  # it has no slot yet
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, its tokens back into its list; the last row fills the gap."""
@@ -101,6 +106,58 @@ class RunningBatch:
         self.block_tables[sequence.row, start : len(table)] = table[start:]
         self.num_slots[sequence.row] = len(table) * self.block_size
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether every row decodes next, and has its slot."""
+        return self._ahead_of == self._num_steps
+
+    def lay_ahead(self, num_new: np.ndarray) -> None:
+        """Slots for the step after the next commit, in which all rows decode.
+
+        Args:
+            num_new: tokens per row of the step that is being computed, int32 [num_seqs].
+        """
+        count = self.num_seqs
+        positions = self.num_computed[:count] + num_new
+        self._slots(self._counting[:count], positions, out=self.next_slots[:count])
+        self._ahead_of = self._num_steps + 1
+
+    def advance(self, num_new: np.ndarray, rows: np.ndarray, next_ids: np.ndarray) -> np.ndarray:
+        """Take in a computed step: its tokens per row, and the next token of the sampled rows.
+
+        Returns:
+            Known tokens of each sampled row, int32 [num_sampled].
+        """
+        self._num_steps += 1
+        self.num_computed[: self.num_seqs] += num_new
+        index = self.index_of(rows)
+        known = self.num_tokens[index]
+        self.token_ids[rows, known] = next_ids
+        self.newest_ids[index] = next_ids
+        known = known + 1
+        self.num_tokens[index] = known
+        return known
+
+    def index_of(self, rows: np.ndarray) -> np.ndarray | slice:
+        """What picks these rows, ascending, from an array; of all of them, a view."""
+        return slice(self.num_seqs) if len(rows) == self.num_seqs else rows
+
+    def lay_out_decode(self) -> Batch:
+        """The index arrays of a step in which every row decodes and has its slot: `is_ahead`.
+
+        They are views of arrays that the next commit changes.
+        """
+        count = self.num_seqs
+        return Batch(
+            input_ids=self.newest_ids[:count],
+            positions=self.num_computed[:count],
+            slot_mapping=self.next_slots[:count],
+            cu_seqlens_q=self._counting[: count + 1],
+            seq_lens=self.num_tokens[:count],
+            block_tables=np.ascontiguousarray(self.block_tables[:count, : self._width(count)]),
+            logits_indices=self._counting[:count],
+        )
+
     def lay_out(
         self, num_new: np.ndarray, rows: np.ndarray | None, every: list[int] | None = None
     ) -> Batch:
@@ -128,9 +185,7 @@ class RunningBatch:
             owner = np.repeat(self._counting[:count], num_new)  # the row of each token
             positions = np.arange(total, dtype=np.int32)
             positions += (computed - cu_seqlens_q[:-1])[owner]
-        slots = self.block_tables[owner, positions >> self._block_shift]
-        slots <<= self._block_shift
-        slots |= positions & self._block_mask
+        slots = self._slots(owner, positions)
         ends = cu_seqlens_q[1:] if rows is None else cu_seqlens_q[1:][rows]
         logits_indices = ends - 1
         if every:
@@ -146,6 +201,14 @@ class RunningBatch:
             block_tables=np.ascontiguousarray(self.block_tables[:count, : self._width(count)]),
             logits_indices=logits_indices,
         )
+
+    def _slots(
+        self, rows: np.ndarray, positions: np.ndarray, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Cache slots of tokens, given their rows and positions."""
+        slots = self.block_tables[rows, positions >> self._block_shift]
+        slots <<= self._block_shift
+        return np.bitwise_or(slots, positions & self._block_mask, out=out)
 
     def _width(self, count: int) -> int:
         """Columns of block_tables for the first rows, so that few widths come up."""

@@ -87,6 +87,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # in order
         self._leaders: list[Sequence] = []  # those with followers
         self._counting = np.arange(config.max_num_seqs)
+        self._ones = np.ones(config.max_num_seqs, np.int32)
         # The head and the pool when it last got no blocks: not tried again until either changes.
         # With nobody running all blocks are free, where nobody is refused: so none waits for ever.
         self._refused: tuple[Sequence, int, int] | None = None
@@ -128,12 +129,18 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep | None:
         """The next step; None if nobody waits or runs."""
-        self._grow()
-        self._admit()
         running = self.running
+        if not running.is_ahead:
+            self._grow()
+        self._admit()
         count = running.num_seqs
         if count == 0:
             return None
+        if running.is_ahead:
+            every_row = self._counting[:count]
+            return ScheduledStep(
+                running.lay_out_decode(), self._ones[:count], every_row, every_row, []
+            )
         num_new = self._share_budget()
         computed = running.num_computed[:count]
         is_sampled = computed + num_new == running.num_tokens[:count]
@@ -155,6 +162,28 @@ class Scheduler:
         ]
         return ScheduledStep(batch, num_new, rows, np.searchsorted(places, ends[rows] - 1), prompts)
 
+    def prepare(self, step: ScheduledStep) -> None:
+        """Give blocks and slots to the step after this one, while this one is computed.
+
+        On the guess that all rows decode on. Who ends by this step leaves with its row, who comes
+        is laid out anew; where the pool runs dry, it is left to `schedule` to take blocks away.
+
+        Args:
+            step: what `schedule` returned last; not committed yet.
+        """
+        running = self.running
+        count = running.num_seqs
+        if len(step.rows) < count:
+            return
+        known = running.num_tokens[:count] + 1
+        goes_on = known < running.max_num_tokens[:count]
+        short = (goes_on & (known > running.num_slots[:count])).nonzero()[0].tolist()
+        if len(short) > self.blocks.num_free:
+            return
+        for sequence in sorted((running.sequences[row] for row in short), key=_order):
+            self._extend(sequence)
+        running.lay_ahead(step.num_new)
+
     def commit(self, step: ScheduledStep, next_ids: np.ndarray) -> CommittedStep:
         """Take a computed step in: progress, new tokens, full blocks, and who ends.
 
@@ -163,20 +192,16 @@ class Scheduler:
             next_ids: the next token of each of step.rows, int32 [num_sampled].
         """
         running, rows = self.running, step.rows
-        count = running.num_seqs
-        running.num_computed[:count] += step.num_new
-        known = running.num_tokens[rows]
-        running.token_ids[rows, known] = next_ids
-        known += 1
-        running.num_tokens[rows] = known
+        known = running.advance(step.num_new, rows, next_ids)
         for sequence, index in running.filled_blocks():
             self.blocks.cache(sequence.block_table, index, running.block_token_ids(sequence, index))
             running.block_tables[sequence.row, index] = sequence.block_table[index]
         self._release_followers()
 
-        is_eos = self._is_eos[next_ids] & (known > running.min_num_tokens[rows])
-        is_eos &= ~running.ignores_eos[rows]
-        has_ended = is_eos | (known == running.max_num_tokens[rows])
+        index = running.index_of(rows)
+        is_eos = self._is_eos.take(next_ids) & (known > running.min_num_tokens[index])
+        is_eos &= ~running.ignores_eos[index]
+        has_ended = is_eos | (known == running.max_num_tokens[index])
         finished = []
         for place in has_ended.nonzero()[0].tolist():
             sequence = running.sequences[rows[place]]
@@ -213,7 +238,7 @@ class Scheduler:
             self._queue_followers(sequence)
 
     def check_integrity(self) -> None:
-        """Assert every invariant of queue, rows and blocks."""
+        """Assert every invariant of queue, rows and blocks; between steps."""
         assert self.waiting == sorted(self.waiting, key=_order), "the queue is out of order"
         everyone = [*self.waiting, *self.running.sequences]
         assert len(set(map(id, everyone))) == len(everyone), "a sequence is in two places"
@@ -221,8 +246,9 @@ class Scheduler:
         assert not any(sequence.block_table for sequence in self.waiting), "waits with blocks"
         for sequence in self.running.sequences:
             count = int(self.running.num_tokens[sequence.row])
-            # At rest the newest token may still lack its block: it is given when it is scheduled.
-            assert count - 1 <= len(sequence.block_table) * self.config.block_size
+            # The newest token may still lack its block: it is given when it is scheduled.
+            least, most = (self.blocks.num_blocks_for(known) for known in (count - 1, count))
+            assert least <= len(sequence.block_table) <= most, "a block too few or too many"
         self.running.check_integrity()
         self.blocks.check_integrity(s.block_table for s in self.running.sequences)
 
@@ -232,10 +258,15 @@ class Scheduler:
         count = running.num_seqs
         short = (running.num_tokens[:count] > running.num_slots[:count]).nonzero()[0].tolist()
         for sequence in sorted((running.sequences[row] for row in short), key=_order):
-            while sequence.row is not None and not self.blocks.append(sequence.block_table):
+            while sequence.row is not None and not self._extend(sequence):
                 self._preempt(max(running.sequences, key=_order))
-            if sequence.row is not None:
-                running.refresh_blocks(sequence, len(sequence.block_table) - 1)
+
+    def _extend(self, sequence: Sequence) -> bool:
+        """One more block for a running sequence; False if the pool is dry."""
+        if not self.blocks.append(sequence.block_table):
+            return False
+        self.running.refresh_blocks(sequence, len(sequence.block_table) - 1)
+        return True
 
     def _admit(self) -> None:
         """Let the head of the queue run while there are seats, blocks and budget."""

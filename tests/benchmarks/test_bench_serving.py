@@ -10,9 +10,10 @@ from engine.llm_engine import LLMEngine
 from engine.model_runner import StepOutput
 from engine.sampling_params import SamplingParams
 from engine.sources.toy import CONFIGS
+from tests.engine.paged_token_model import AtOnce
 
 
-class NoModel:
+class NoModel(AtOnce):
     """Lays out what the C call takes, and answers at once."""
 
     def __init__(self, library) -> None:

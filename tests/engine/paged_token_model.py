@@ -61,7 +61,17 @@ def scores(hashes: list[int], sampling: SamplingBatch) -> Logprobs | None:
     return logprobs
 
 
-class PagedTokenModel:
+class AtOnce:
+    """The two halves of a step for a runner whose `forward` is the whole."""
+
+    def begin(self, batch: Batch, **options: object) -> None:
+        self._result = self.forward(batch, **options)
+
+    def end(self) -> object:
+        return self._result
+
+
+class PagedTokenModel(AtOnce):
     """Runs batches over a cache of tokens.
 
     Args:

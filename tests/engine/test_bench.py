@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 import engine.bench
-from engine.bench import Workload, report, serve
+from engine.bench import Workload, pure_steps, report, serve
 from engine.config import EngineConfig
 from engine.errors import InvalidArgument
 from engine.llm_engine import LLMEngine
 from engine.sources.toy import CONFIGS
-from tests.engine.paged_token_model import PagedTokenModel
+from tests.engine.paged_token_model import AtOnce, Output, PagedTokenModel
 
 ROOM = EngineConfig(
     device="cpu", block_size=16, num_blocks=64, max_seq_len=256, max_num_tokens=64, max_num_seqs=4
@@ -100,6 +100,42 @@ def test_the_same_seed_is_the_same_workload():
         assert ours.prompt_ids.tolist() == theirs.prompt_ids.tolist()
         assert (ours.arrival, ours.max_tokens) == (theirs.arrival, theirs.max_tokens)
         assert 128 <= len(ours.prompt_ids) <= 1024
+
+
+class Costly(AtOnce):
+    """Each step takes a tick, and another for every ten tokens."""
+
+    def __init__(self, clock: Ticking) -> None:
+        self.clock = clock
+        self.sizes: list[int] = []
+
+    def forward(self, batch, *, sampling, wants_logits) -> Output:
+        self.sizes.append(len(batch.input_ids))
+        self.clock.now += TICK * (1 + len(batch.input_ids) / 10)
+        rows = len(batch.logits_indices)
+        return Output(np.zeros((rows, 1)), np.zeros(rows, np.int32))
+
+
+def test_the_pure_steps_are_those_of_the_full_engine_at_the_mean_lengths(ticking: Ticking):
+    runner = Costly(ticking)
+    engine = LLMEngine(runner, CONFIGS["toy"], ROOM, enable_prefix_caching=False)
+    requests = Workload(40, (20, 20), (11, 11)).requests(200)
+
+    pure = pure_steps(engine, requests)
+
+    assert set(runner.sizes) == {4, 60}  # 4 seats; 3 prompts of 20 in a budget of 64
+    assert (pure.num_seqs, pure.context, pure.num_prompt_tokens) == (4, 26, 60)
+    assert pure.decode_seconds == pytest.approx(1.4 * TICK)
+    assert pure.prefill_seconds == pytest.approx(7 * TICK)
+    expected = 800 / 60 * 7 * TICK + 400 / 4 * 1.4 * TICK
+    assert pure.seconds_for(requests) == pytest.approx(expected)
+
+
+def test_pure_steps_never_overwrite_a_cache_that_is_believed(ticking: Ticking):
+    engine = LLMEngine(Costly(ticking), CONFIGS["toy"], ROOM)
+
+    with pytest.raises(AssertionError, match="overwritten"):
+        pure_steps(engine, Workload(1, (4, 4), (1, 1)).requests(200))
 
 
 def test_the_engine_gets_its_runner_back(ticking: Ticking):

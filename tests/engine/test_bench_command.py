@@ -22,6 +22,25 @@ def test_throughput_of_both_kinds_of_batching_as_json(capsys):
     assert found["static"]["tg_tokens"] == found["continuous"]["tg_tokens"]
     assert found["continuous"]["steps"] <= found["static"]["steps"]
     assert found["device"] == "cpu"
+    for kind in ("static", "continuous"):
+        assert found[kind]["pure"]["num_seqs"] == 2
+        assert 0 < found[kind]["pure_share"] < 10
+
+
+def test_the_throughput_is_shown_as_a_share_of_the_pure_steps(capsys):
+    arguments = ["--num-prompts", "2", "--input-len", "4", "--output-len", "2"]
+
+    assert main(["bench", "throughput", *SMALL, *arguments]) == 0
+
+    assert "% of their throughput" in capsys.readouterr().out
+
+
+def test_requests_that_arrive_in_time_have_no_share(capsys):
+    arguments = ["--num-prompts", "2", "--input-len", "4", "--output-len", "2", "--json"]
+
+    assert main(["bench", "throughput", *SMALL, *arguments, "--request-rate", "50"]) == 0
+
+    assert "pure" not in json.loads(capsys.readouterr().out)["continuous"]
 
 
 def test_latency_is_one_batch(capsys):

@@ -14,7 +14,7 @@ from engine.outputs import RequestOutput
 from engine.sampling_params import SamplingParams
 from engine.sources.toy import CONFIGS
 from engine.tokenizer import Tokenizer
-from tests.engine.paged_token_model import Output, PagedTokenModel
+from tests.engine.paged_token_model import AtOnce, Output, PagedTokenModel
 
 EOS, EOT = 57, 59
 CONFIG = replace(CONFIGS["toy"], eos_token_ids=(EOS, EOT), max_position_embeddings=200)
@@ -25,7 +25,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=4)
 PROMPT = [10, 11, 12]
 
 
-class Scripted:
+class Scripted(AtOnce):
     """Answers every row with the next letters of one text, which is bytes."""
 
     def __init__(self, text: bytes) -> None:

@@ -18,6 +18,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.llm_engine import LLMEngine
 from engine.outputs import RequestOutput
 from engine.sampling_params import SamplingParams
+from engine.tap import Tap, TapPoint
 
 SAVED = Path(__file__).parent / "saved_schedules"
 MAX_SEQ_LEN = 128
@@ -54,6 +55,9 @@ class Schedule:
     caching: bool = True
     pages: int = 0  # seed of the order in which blocks are given out
     preempted: tuple[int, ...] = ()  # steps
+    async_scheduling: bool = True  # the next step is prepared while one is computed
+    eager: bool = False  # decode steps are launched, not replayed as graphs
+    unfused: tuple[int, ...] = ()  # steps that are tapped, and so computed operation by operation
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
@@ -63,7 +67,7 @@ class Schedule:
     def load(cls, path: Path) -> "Schedule":
         data = json.loads(path.read_text())
         requests = tuple(Planned(**planned) for planned in data.pop("requests"))
-        return cls(requests, **{**data, "preempted": tuple(data["preempted"])})
+        return cls(requests, **{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
 
 
 def params() -> st.SearchStrategy[dict[str, Any]]:
@@ -97,7 +101,9 @@ def params() -> st.SearchStrategy[dict[str, Any]]:
 
 
 @st.composite
-def schedules(draw: st.DrawFn, max_requests: int = 5) -> Schedule:
+def schedules(
+    draw: st.DrawFn, max_requests: int = 5, max_seats: int = 4, max_blocks: int = 14
+) -> Schedule:
     planned = st.builds(
         Planned,
         prefix=st.integers(0, 40),
@@ -110,15 +116,18 @@ def schedules(draw: st.DrawFn, max_requests: int = 5) -> Schedule:
     )
     requests = tuple(draw(st.lists(planned, min_size=1, max_size=max_requests)))
     longest = max(p.prefix + p.own + p.params["max_tokens"] for p in requests)
-    max_num_seqs = draw(st.integers(1, 4))
+    max_num_seqs = draw(st.integers(1, max_seats))
     return Schedule(
         requests,
-        num_blocks=draw(st.integers(-(-longest // 16), 14)),
+        num_blocks=draw(st.integers(-(-longest // 16), max_blocks)),
         max_num_seqs=max_num_seqs,
         max_num_tokens=draw(st.integers(max_num_seqs, 64)),
         caching=draw(st.booleans()),
         pages=draw(st.integers(0, 3)),
         preempted=tuple(draw(st.lists(st.integers(1, 30), max_size=4))),
+        async_scheduling=draw(st.booleans()),
+        eager=draw(st.booleans()),
+        unfused=tuple(draw(st.lists(st.integers(0, 30), max_size=4))),
     )
 
 
@@ -130,17 +139,24 @@ class Run:
     logits: dict[Key, str]  # hash of the logits that each answer's token was taken from
     num_preemptions: int = 0
     num_cached: int = 0
+    num_ahead: int = 0  # steps that were laid out before the one before had ended
+    decoding: list[int] = field(default_factory=list)  # sequences of each step of decodes alone
 
 
 class Recorder:
     """A runner around a runner: poisons what nobody may read, and hashes every row of logits."""
 
-    def __init__(self, runner: Any, engine: Callable[[], LLMEngine]) -> None:
+    def __init__(
+        self, runner: Any, engine: Callable[[], LLMEngine], unfused: tuple[int, ...]
+    ) -> None:
         self.runner = runner
         self.engine = engine
+        self.unfused = unfused
         self.logits: dict[Key, str] = {}
+        self.decoding: list[int] = []
+        self.num_steps = 0
 
-    def forward(self, batch: Batch, *, sampling: Any, wants_logits: bool) -> Any:
+    def begin(self, batch: Batch, *, sampling: Any, wants_logits: bool) -> None:
         scheduler = self.engine().scheduler
         size, running = scheduler.config.block_size, scheduler.running
         dead = set(scheduler.blocks.dead_blocks())
@@ -149,12 +165,26 @@ class Recorder:
             dead |= set(sequence.block_table[computed:])
         if dead:
             self.runner.fill_blocks(sorted(dead), POISON)
-        output = self.runner.forward(batch, sampling=sampling, wants_logits=True)
+        if len(batch.input_ids) == len(batch.seq_lens):
+            self.decoding.append(len(batch.seq_lens))
         ends = batch.cu_seqlens_q[1:]
-        for i, index in enumerate(batch.logits_indices.tolist()):
+        self._keys: list[Key] = []
+        for index in batch.logits_indices.tolist():
             sequence = running.sequences[int(np.searchsorted(ends, index, "right"))]
             key = (sequence.request_id, sequence.index, int(batch.positions[index]))
-            found = blake2b(output.logits[i].tobytes(), digest_size=8).hexdigest()
+            self._keys.append(key)
+        self._output = None
+        if self.num_steps in self.unfused and hasattr(self.runner, "tap_buffer"):
+            tap = Tap(TapPoint.embed, 0, out=self.runner.tap_buffer(TapPoint.embed, batch))
+            self._output = self.runner.forward(batch, [tap], sampling)
+        else:
+            self.runner.begin(batch, sampling=sampling, wants_logits=True)
+        self.num_steps += 1
+
+    def end(self) -> Any:
+        output = self.runner.end() if self._output is None else self._output
+        for key, row in zip(self._keys, output.logits, strict=True):
+            found = blake2b(row.tobytes(), digest_size=8).hexdigest()
             assert self.logits.setdefault(key, found) == found, f"{key} has two sets of logits"
         return output
 
@@ -183,15 +213,23 @@ class Server:
             max_seq_len=MAX_SEQ_LEN,
             max_num_tokens=schedule.max_num_tokens,
             max_num_seqs=schedule.max_num_seqs,
+            enforce_eager=schedule.eager,
         )
-        recorder = Recorder(self.make_runner(config), lambda: engine)
-        engine = LLMEngine(recorder, self.model_config, config, self.tokenizer, schedule.caching)
+        recorder = Recorder(self.make_runner(config), lambda: engine, schedule.unfused)
+        engine = LLMEngine(
+            recorder,
+            self.model_config,
+            config,
+            self.tokenizer,
+            schedule.caching,
+            async_scheduling=schedule.async_scheduling,
+        )
         scheduler = engine.scheduler
         order = np.random.default_rng(schedule.pages).permutation(schedule.num_blocks).tolist()
         if schedule.pages:
             for block in order:
                 scheduler.blocks._free.move_to_end(block)
-        run = Run({}, recorder.logits)
+        run = Run({}, recorder.logits, decoding=recorder.decoding)
         texts: dict[tuple[str, int], str] = {}
         for now in range(3000):
             for i, planned in enumerate(schedule.requests):
@@ -201,6 +239,7 @@ class Server:
                     self._note(run, texts, engine.abort(f"r{i}"))
             if now in schedule.preempted and scheduler.running.sequences:
                 scheduler._preempt(max(scheduler.running.sequences, key=lambda s: s.order))
+            run.num_ahead += scheduler.running.is_ahead
             self._note(run, texts, engine.step())
             scheduler.check_integrity()
             if now > 30 and not engine.has_unfinished_requests():
@@ -214,12 +253,14 @@ class Server:
         return run
 
     def alone(self, name: int, planned: Planned) -> Run:
-        """One request with the engine to itself: all room, no cache, no mates, no chunks."""
+        """One request with the engine to itself: all room, no cache, no mates, no look ahead."""
         by_itself = replace(planned, arrives=0, aborted=None, priority=0, stream=True)
         key = json.dumps([name, asdict(by_itself)], sort_keys=True)
         if key not in self._alone:
             mates = (Planned(0, 1, arrives=10_000),) * name  # so that it has the same name
-            schedule = Schedule((*mates, by_itself), 40, 1, MAX_SEQ_LEN, caching=False)
+            schedule = Schedule(
+                (*mates, by_itself), 40, 1, MAX_SEQ_LEN, caching=False, async_scheduling=False
+            )
             self._alone[key] = self.run(schedule)
         return self._alone[key]
 

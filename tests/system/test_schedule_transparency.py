@@ -25,6 +25,7 @@ from tests.system.schedules import MAX_SEQ_LEN, SAVED, Planned, Schedule, Server
 # The model of token ids answers with ids below 60, two of which are end tokens: all ends come up.
 TOKENS = replace(CONFIGS["toy"], eos_token_ids=(57, 59))
 CROWDED = Schedule.load(SAVED / "crowded.json")
+TWELVE = Schedule.load(SAVED / "twelve_decode.json")
 
 
 def token_model(config: EngineConfig) -> PagedTokenModel:
@@ -45,12 +46,15 @@ def server(tokenizer: Tokenizer) -> Server:
 def toy(request: Any, make_runner: Callable[..., ModelRunner], tokenizer: Tokenizer) -> Server:
     room = {"num_blocks": 40, "max_seq_len": MAX_SEQ_LEN, "max_num_tokens": MAX_SEQ_LEN}
     try:
-        runner = make_runner(device=request.param, max_num_seqs=4, **room)
+        runners = [
+            make_runner(device=request.param, max_num_seqs=16, enforce_eager=eager, **room)
+            for eager in (False, True)
+        ]
     except DeviceUnavailable as error:
         pytest.skip(f"requires a CUDA device of compute capability 9.0: {error}")
     # More end tokens than it has, so that answers do end.
     config = replace(CONFIGS["toy"], eos_token_ids=tuple(range(60)))
-    return Server(lambda _: runner, config, tokenizer, request.param)
+    return Server(lambda room: runners[room.enforce_eager], config, tokenizer, request.param)
 
 
 def check(server: Server, schedule: Schedule) -> None:
@@ -87,6 +91,32 @@ def test_every_request_of_the_toy_is_as_if_alone_more_often(toy: Server, schedul
     check(toy, schedule)
 
 
+# From nine sequences on a GPU's decode steps are recorded as graphs and replayed.
+@settings(max_examples=5)
+@given(schedules(max_requests=8, max_seats=16, max_blocks=40))
+def test_every_request_of_the_toy_is_as_if_alone_in_a_crowd(toy: Server, schedule: Schedule):
+    check(toy, schedule)
+
+
+@pytest.mark.slow
+@settings(max_examples=100)
+@given(schedules(max_requests=8, max_seats=16, max_blocks=40))
+def test_every_request_of_the_toy_is_as_if_alone_in_more_crowds(toy: Server, schedule: Schedule):
+    check(toy, schedule)
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["one by one", "prepared ahead"])
+@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+def test_graphs_and_looking_ahead_change_nothing_of_the_toy(
+    toy: Server, eager: bool, is_async: bool
+):
+    run = toy.check(replace(TWELVE, eager=eager, async_scheduling=is_async))
+
+    # recorded at the second step of the bucket, replayed from the third on
+    assert sum(count >= 9 for count in run.decoding) >= 4
+    assert (run.num_ahead >= 4) == is_async
+
+
 @pytest.mark.parametrize("path", sorted(SAVED.glob("*.json")), ids=lambda path: path.stem)
 def test_a_saved_schedule(server: Server, toy: Server, path):
     server.check(Schedule.load(path))
@@ -98,6 +128,7 @@ def test_the_schedules_do_reach_preemption_and_the_cache(server: Server):
 
     assert run.num_preemptions > 0
     assert run.num_cached > 0
+    assert run.num_ahead > 0
 
 
 def test_a_schedule_survives_being_saved(tmp_path):

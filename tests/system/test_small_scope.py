@@ -32,6 +32,7 @@ class Scope:
         is_shared: equal prompts, so that prefixes are shared.
         followers: answers of the first request beyond its first.
         priorities: of each request.
+        is_async: whether the next step is prepared while one is computed.
     """
 
     lengths: tuple[tuple[int, int], ...]
@@ -41,6 +42,7 @@ class Scope:
     is_shared: bool = True
     followers: int = 0
     priorities: tuple[int, ...] = (0, 0, 0)
+    is_async: bool = True  # the next step is prepared while one is computed
 
 
 class Explorer:
@@ -51,6 +53,7 @@ class Explorer:
         self.num_moves = 0
         self.num_preempted = 0
         self.num_hits = 0
+        self.num_ahead = 0
 
     def start(self) -> tuple[Scheduler, list[Sequence]]:
         scope = self.scope
@@ -104,7 +107,7 @@ class Explorer:
         elif kind == "abort":
             scheduler.finish(sequences[which], "abort")
         else:
-            step(scheduler, which)
+            self._step(scheduler, which)
         scheduler.check_integrity()
         self.num_moves += 1
         return scheduler, sequences, added
@@ -133,6 +136,16 @@ class Explorer:
                     queue.append(following)
         return len(seen)
 
+    def _step(self, scheduler: Scheduler, ending: int) -> None:
+        """One step; the rows whose bit is set get an end token."""
+        self.num_ahead += scheduler.running.is_ahead
+        planned = scheduler.schedule()
+        assert planned is not None, "there is work, but nothing is scheduled"
+        if self.scope.is_async:
+            scheduler.prepare(planned)
+        tokens = [EOS if ending >> row & 1 else TOKEN for row in planned.rows.tolist()]
+        scheduler.commit(planned, np.array(tokens, np.int32))
+
     def _ends(self, state: tuple) -> None:
         """Steps in which nothing stops early end every request, and nothing is left behind."""
         scheduler, sequences, _ = deepcopy(state)
@@ -140,17 +153,9 @@ class Explorer:
         for _ in range(20 * work):
             if not scheduler.has_work:
                 break
-            step(scheduler, 0)
+            self._step(scheduler, 0)
         assert all(sequence.is_finished for sequence in sequences), "a request never ends"
         assert scheduler.blocks.num_free == self.scope.num_blocks, "a block leaked"
-
-
-def step(scheduler: Scheduler, ending: int) -> None:
-    """One step; the rows whose bit is set get an end token."""
-    planned = scheduler.schedule()
-    assert planned is not None, "there is work, but nothing is scheduled"
-    tokens = [EOS if ending >> row & 1 else TOKEN for row in planned.rows.tolist()]
-    scheduler.commit(planned, np.array(tokens, np.int32))
 
 
 def picture(state: tuple) -> tuple:
@@ -177,7 +182,7 @@ def picture(state: tuple) -> tuple:
     free = tuple(prefixes.get(manager._content_ids[block]) for block in manager._free)
     waiting = tuple(sequence.order for sequence in scheduler.waiting)
     refused = scheduler._refused and (scheduler._refused[0].order, *scheduler._refused[1:])
-    return tuple(parts), free, waiting, refused, added
+    return tuple(parts), free, waiting, refused, running.is_ahead, added
 
 
 SCOPES = {
@@ -207,14 +212,16 @@ DEEP = {
 }
 
 
+@pytest.mark.parametrize("is_async", [False, True], ids=["one by one", "prepared ahead"])
 @pytest.mark.parametrize("scope", SCOPES.values(), ids=SCOPES)
-def test_every_interleaving_keeps_every_promise(scope: Scope):
-    explorer = Explorer(scope)
+def test_every_interleaving_keeps_every_promise(scope: Scope, is_async: bool):
+    explorer = Explorer(replace(scope, is_async=is_async))
 
     num_states = explorer.explore()
 
     print(f"{num_states} states, {explorer.num_moves} moves")
     assert num_states > 10
+    assert (explorer.num_ahead > 0) == is_async
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ TESTS = (
     "tests/engine/test_scheduler.py",
     "tests/engine/test_answer_text.py",
     "tests/engine/test_llm_engine.py",
+    "tests/system/test_looking_ahead.py",
     "tests/system/test_small_scope.py",
     "tests/system/test_schedule_transparency.py",
 )

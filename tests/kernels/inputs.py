@@ -6,7 +6,8 @@ Holds no expected values: the twin computes those.
 import ml_dtypes
 import numpy as np
 
-NUM_TOKENS = (1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 127, 128, 129, 256, 257, 1000)
+# Around fragments of 8, tiles of 16, 32, 64 and 128, and their multiples; then many.
+NUM_TOKENS = (1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 127, 128, 129, 256, 257, 1000, 4096)
 MAX_SHOWN = 5
 
 

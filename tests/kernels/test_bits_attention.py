@@ -13,7 +13,9 @@ from tests.kernels.inputs import assert_same_bits, normal, wide
 pytestmark = pytest.mark.gpu
 
 HEAD_DIM = 64
-EDGES = (1, 2, 16, 17, 127, 128, 129, 1023, 1024, 1025, 2100)
+# Around every block, tile and segment, and two of each.
+SIZES = (16, 32, 64, 128, 256, 1024, 2048)
+EDGES = (1, 2, *(size + by for size in SIZES for by in (-1, 0, 1)), 2100)
 GROUP_SIZES = (1, 3, 4, 8)
 POISON = {"nan": 0x7FC0, "inf": 0x7F80, "1e30": 0x7149}
 

@@ -10,24 +10,11 @@ import pytest
 
 from engine.batch import SequenceSlice, build_batch
 from engine.bindings import Tap, TapPoint
-from engine.errors import DeviceUnavailable
 from engine.model_runner import ModelRunner
 from tests.system.trace import assert_same_trace, cache_of, tokens
 from tests.twin.bits import assert_same_bits
 
 MakeRunner = Callable[..., ModelRunner]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(params=DEVICES)
-def runner_of(request: pytest.FixtureRequest, make_runner: MakeRunner) -> MakeRunner:
-    def make(name: str) -> ModelRunner:
-        try:
-            return make_runner(name, device=request.param)
-        except DeviceUnavailable as error:
-            pytest.skip(f"requires a CUDA device of compute capability 9.0: {error}")
-
-    return make
 
 
 @pytest.mark.parametrize(

@@ -9,25 +9,12 @@ import numpy as np
 import pytest
 
 from engine.batch import SequenceSlice, build_batch
-from engine.errors import DeviceUnavailable
 from engine.model_runner import ModelRunner
 from tests.system.trace import assert_same_trace, cache_of, run, tokens
 from tests.twin.bits import assert_same_bits
 
 MakeRunner = Callable[..., ModelRunner]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NAN = 0x7FC0
-
-
-@pytest.fixture(params=DEVICES)
-def runner_of(request: pytest.FixtureRequest, make_runner: MakeRunner) -> MakeRunner:
-    def make(name: str, **options: int) -> ModelRunner:
-        try:
-            return make_runner(name, device=request.param, **options)
-        except DeviceUnavailable as error:
-            pytest.skip(f"requires a CUDA device of compute capability 9.0: {error}")
-
-    return make
 
 
 @pytest.mark.parametrize("length", [33, 64, 129, 257, 385])

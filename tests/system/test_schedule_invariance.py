@@ -1,4 +1,7 @@
-"""What a step contains does not enter its bits: chunks, mates, blocks, threads, poison, taps."""
+"""What a step contains does not enter its bits: chunks, mates, blocks, threads, poison, taps.
+
+On every device that is there: what a GPU computes is held to what it computes itself.
+"""
 
 from collections.abc import Callable
 
@@ -39,21 +42,21 @@ TABLE = list(range(20))
 
 
 @pytest.fixture(scope="module")
-def whole(make_runner: MakeRunner) -> Trace:
-    return run(make_runner(), TEXT, [LENGTH], TABLE)
+def whole(runner_of: MakeRunner) -> Trace:
+    return run(runner_of(), TEXT, [LENGTH], TABLE)
 
 
 @pytest.mark.parametrize("name", TOYS)
-def test_decode_is_prefill_at_every_tap(make_runner: MakeRunner, name: str):
-    runner = make_runner(name)
+def test_decode_is_prefill_at_every_tap(runner_of: MakeRunner, name: str):
+    runner = runner_of(name)
     text = tokens(1, 20)
     prefill = run(runner, text, [20], TABLE)
 
     assert_same_trace(run(runner, text, [1] * 20, TABLE), prefill)
 
 
-def test_decode_is_prefill_over_a_tile_edge(make_runner: MakeRunner, whole: Trace):
-    decode = run(make_runner(), TEXT, [120] + [1] * 30, TABLE)
+def test_decode_is_prefill_over_a_tile_edge(runner_of: MakeRunner, whole: Trace):
+    decode = run(runner_of(), TEXT, [120] + [1] * 30, TABLE)
 
     assert_same_trace(decode, whole)
 
@@ -67,33 +70,33 @@ def cuts(draw: st.DrawFn, total: int) -> list[int]:
 
 @settings(max_examples=15)
 @given(cuts(LENGTH))
-def test_any_chunks_are_one_prefill(make_runner: MakeRunner, whole: Trace, pieces: list[int]):
-    assert_same_trace(run(make_runner(), TEXT, pieces, TABLE), whole)
+def test_any_chunks_are_one_prefill(runner_of: MakeRunner, whole: Trace, pieces: list[int]):
+    assert_same_trace(run(runner_of(), TEXT, pieces, TABLE), whole)
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("seed", range(3))
 def test_block_size_and_permutation_do_not_matter(
-    make_runner: MakeRunner, whole: Trace, block_size: int, seed: int
+    runner_of: MakeRunner, whole: Trace, block_size: int, seed: int
 ):
-    runner = make_runner(block_size=block_size)
+    runner = runner_of(block_size=block_size)
     table = [int(x) for x in np.random.default_rng(seed).permutation(40)[:10]]
 
     assert_same_trace(run(runner, TEXT, [100, 50], table), whole)
 
 
 @pytest.mark.parametrize("pool", [10, 11, 300])
-def test_the_size_of_the_pool_does_not_matter(make_runner: MakeRunner, whole: Trace, pool: int):
-    runner = make_runner(num_blocks=pool)
+def test_the_size_of_the_pool_does_not_matter(runner_of: MakeRunner, whole: Trace, pool: int):
+    runner = runner_of(num_blocks=pool)
 
     assert_same_trace(run(runner, TEXT, [LENGTH], [pool - 1 - i for i in range(10)]), whole)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 7])
 def test_the_number_of_threads_does_not_matter(
-    make_runner: MakeRunner, whole: Trace, num_threads: int
+    runner_of: MakeRunner, whole: Trace, num_threads: int
 ):
-    runner = make_runner(num_threads=num_threads)
+    runner = runner_of(num_threads=num_threads)
 
     assert_same_trace(run(runner, TEXT, [149, 1], TABLE), whole)
 
@@ -101,30 +104,30 @@ def test_the_number_of_threads_does_not_matter(
 # Section 4: a slot that holds no token counts as zero, so not only patterns that 0 * x forgives.
 @pytest.mark.parametrize("poison", [0x7FC1, 0x7F80, 0xFF80, 0x7149], ids=hex)
 def test_memory_that_nobody_owns_may_hold_anything(
-    make_runner: MakeRunner, whole: Trace, poison: int
+    runner_of: MakeRunner, whole: Trace, poison: int
 ):
-    runner = make_runner()
+    runner = runner_of()
     runner.fill_blocks(range(40), poison)
 
     assert_same_trace(run(runner, TEXT, [100, 49, 1], TABLE), whole)
 
 
 def test_what_an_earlier_sequence_left_in_the_blocks_is_not_seen(
-    make_runner: MakeRunner, whole: Trace
+    runner_of: MakeRunner, whole: Trace
 ):
-    runner = make_runner()
+    runner = runner_of()
     run(runner, tokens(77, 320), [320], TABLE, tapped=False)
 
     assert_same_trace(run(runner, TEXT, [LENGTH], TABLE), whole)
 
 
-def test_the_same_run_again_gives_the_same_bits(make_runner: MakeRunner, whole: Trace):
+def test_the_same_run_again_gives_the_same_bits(runner_of: MakeRunner, whole: Trace):
     for _ in range(5):
-        assert_same_trace(run(make_runner(), TEXT, [LENGTH], TABLE), whole)
+        assert_same_trace(run(runner_of(), TEXT, [LENGTH], TABLE), whole)
 
 
-def test_untapped_is_tapped(make_runner: MakeRunner, whole: Trace):
-    untapped = run(make_runner(), TEXT, [LENGTH], TABLE, tapped=False)
+def test_untapped_is_tapped(runner_of: MakeRunner, whole: Trace):
+    untapped = run(runner_of(), TEXT, [LENGTH], TABLE, tapped=False)
 
     assert_same_trace(untapped, {name: whole[name] for name in untapped})
 
@@ -133,9 +136,9 @@ def test_untapped_is_tapped(make_runner: MakeRunner, whole: Trace):
     "point", [p for p in TapPoint if p != TapPoint.logits], ids=lambda p: p.name
 )
 def test_a_value_forced_to_itself_changes_nothing(
-    make_runner: MakeRunner, whole: Trace, point: TapPoint
+    runner_of: MakeRunner, whole: Trace, point: TapPoint
 ):
-    runner = make_runner()
+    runner = runner_of()
     batch = build_batch([SequenceSlice(TEXT, 0, TABLE)], 16, "all")
     layers = range(1 if point in ONCE else 2)
     taps = [Tap(point, i, force=whole[f"{point.name} {i}"].copy()) for i in layers]
@@ -156,9 +159,9 @@ def test_a_value_forced_to_itself_changes_nothing(
     ids=lambda x: x.name if isinstance(x, TapPoint) else str(x),
 )
 def test_a_forced_value_is_used_downstream_and_nowhere_upstream(
-    make_runner: MakeRunner, point: TapPoint, layer: int
+    runner_of: MakeRunner, point: TapPoint, layer: int
 ):
-    runner = make_runner()
+    runner = runner_of()
     text = TEXT[:20]
     plain = run(runner, text, [20], TABLE)
     batch = build_batch([SequenceSlice(text, 0, TABLE)], 16, "all")
@@ -189,8 +192,8 @@ LENGTHS = (1, 2, 17, 40, 100)  # of the sequences that share steps
 
 
 @pytest.fixture(scope="module")
-def alone(make_runner: MakeRunner) -> list[Trace]:
-    runner = make_runner()
+def alone(runner_of: MakeRunner) -> list[Trace]:
+    runner = runner_of()
     return [run(runner, tokens(i, length), [length], TABLE) for i, length in enumerate(LENGTHS)]
 
 
@@ -225,11 +228,11 @@ class TestBatches:
         ids=lambda order: "".join(map(str, order)),
     )
     def test_a_prefill_is_the_same_in_any_company(
-        self, make_runner: MakeRunner, alone: list[Trace], order: list[int]
+        self, runner_of: MakeRunner, alone: list[Trace], order: list[int]
     ):
         parts = [(0, LENGTHS[which]) for which in order]
 
-        results = self.together(make_runner(), order, parts)
+        results = self.together(runner_of(), order, parts)
 
         for which, result in zip(order, results, strict=True):
             assert_same_trace(result, alone[which])
@@ -237,9 +240,9 @@ class TestBatches:
     @settings(max_examples=10)
     @given(st.permutations(range(5)), st.lists(st.integers(1, 99), min_size=5, max_size=5))
     def test_prefill_and_decode_may_ride_in_one_step(
-        self, make_runner: MakeRunner, alone: list[Trace], order: list[int], borders: list[int]
+        self, runner_of: MakeRunner, alone: list[Trace], order: list[int], borders: list[int]
     ):
-        runner = make_runner()
+        runner = runner_of()
         borders = [min(b, LENGTHS[which] - 1) for b, which in zip(borders, order, strict=True)]
         begun = [i for i, border in enumerate(borders) if border]
         for place in begun:  # the first parts one by one, on the blocks that the step will name
@@ -253,8 +256,8 @@ class TestBatches:
         for which, (start, end), result in zip(order, parts, results, strict=True):
             assert_same_trace(result, rows(alone[which], start, end))
 
-    def test_a_nan_in_one_sequence_stays_there(self, make_runner: MakeRunner, alone: list[Trace]):
-        runner = make_runner()
+    def test_a_nan_in_one_sequence_stays_there(self, runner_of: MakeRunner, alone: list[Trace]):
+        runner = runner_of()
         slices = [
             SequenceSlice(tokens(i, n), 0, [8 * i + j for j in range(8)])
             for i, n in enumerate(LENGTHS)
@@ -271,17 +274,17 @@ class TestBatches:
 
 
 @pytest.mark.parametrize("changed", [1, 16, 100, 127, 128, 149])
-def test_future_tokens_do_not_change_past_rows(make_runner: MakeRunner, whole: Trace, changed: int):
+def test_future_tokens_do_not_change_past_rows(runner_of: MakeRunner, whole: Trace, changed: int):
     text = TEXT[:changed] + [(x + 1) % 256 for x in TEXT[changed:]]
 
-    result = run(make_runner(), text, [LENGTH], TABLE)
+    result = run(runner_of(), text, [LENGTH], TABLE)
 
     assert_same_trace(rows(result, 0, changed), rows(whole, 0, changed))
     assert (result["logits"][changed] != whole["logits"][changed]).any()
 
 
-def test_the_wanted_rows_are_those_of_all_rows(make_runner: MakeRunner, whole: Trace):
-    runner = make_runner()
+def test_the_wanted_rows_are_those_of_all_rows(runner_of: MakeRunner, whole: Trace):
+    runner = runner_of()
     slices = [SequenceSlice(TEXT, 0, TABLE)]
     for indices in ([0], [149], [3, 77, 149], list(range(0, 150, 2)), []):
         batch = build_batch(slices, 16, "none")
@@ -301,14 +304,14 @@ def test_next_ids_are_the_arg_max_of_the_logits(whole: Trace):
     "room", [{"max_num_seqs": 1}, {"max_num_tokens": 150}, {"max_seq_len": 320}]
 )
 def test_an_engine_with_less_room_gives_the_same_bits(
-    make_runner: MakeRunner, whole: Trace, room: dict[str, int]
+    runner_of: MakeRunner, whole: Trace, room: dict[str, int]
 ):
-    assert_same_trace(run(make_runner(**room), TEXT, [LENGTH], TABLE), whole)
+    assert_same_trace(run(runner_of(**room), TEXT, [LENGTH], TABLE), whole)
 
 
-def test_forked_sequences_share_blocks_and_stay_apart(make_runner: MakeRunner):
+def test_forked_sequences_share_blocks_and_stay_apart(runner_of: MakeRunner):
     # 32 common tokens in blocks 0 and 1; each goes on in a block of its own, in the same step
-    runner = make_runner()
+    runner = runner_of()
     common, ends = tokens(5, 32), [tokens(6, 9), tokens(7, 9)]
     expected = [run(runner, common + end, [41], [10, 11, 12]) for end in ends]
     run(runner, common, [32], [0, 1], tapped=False)

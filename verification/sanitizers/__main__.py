@@ -9,11 +9,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from engine.bindings import LIBRARY_PATH
 from verification.gpu_record import gpu_source_stamp
+from verification.sanitizers.coverage import LISTING, Coverage, coverage, kernels_listed
 from verification.sanitizers.lanes import LANES, LaneResult, run_lane, sanitizer, sass_opcodes
 from verification.sanitizers.workload import PARTS
 
@@ -23,6 +25,7 @@ OUTPUT = ROOT / "build" / "sanitize.json"
 LOGS = ROOT / "build" / "sanitizers"  # each report as the tool printed it
 TOOLKIT = Path("/usr/local/cuda/bin")  # where it is when it is not in PATH
 WORKLOAD = (sys.executable, "-m", "verification.sanitizers.workload")
+LAUNCHES = (sys.executable, "-m", "verification.sanitizers.launches")
 
 
 def tool(name: str) -> str | None:
@@ -66,28 +69,49 @@ def show(result: LaneResult) -> list[str]:
 
 def main() -> int:
     """The command; see the module."""
-    found = {name: tool(name) for name in ("compute-sanitizer", "nvcc", "cuobjdump")}
+    found = {name: tool(name) for name in ("compute-sanitizer", "nvcc", "cuobjdump", "c++filt")}
     if missing := [name for name, path in found.items() if path is None]:
         print(f"error: {', '.join(missing)} of the CUDA toolkit not found: no lane ran")
         return 1
-    source = gpu_source_stamp()
+    source, began = gpu_source_stamp(), time.monotonic()
     planted = build_planted(found["nvcc"], ROOT / "build" / "planted")
     opcode_at = sass_opcodes([LIBRARY_PATH, *planted.values()], found["cuobjdump"])
     LOGS.mkdir(parents=True, exist_ok=True)
     run = sanitizer(found["compute-sanitizer"], LOGS)
-    with ThreadPoolExecutor(len(LANES)) as pool:  # the lanes share the card: wall time is the limit
+
+    def covered() -> Coverage:
+        listing = _output(found["cuobjdump"], *LISTING, str(LIBRARY_PATH))
+        names = _output(found["c++filt"], *kernels_listed(listing))
+        launches = _output(*LAUNCHES, *PARTS)
+        return coverage(names.splitlines(), launches.splitlines())
+
+    with ThreadPoolExecutor() as pool:  # the lanes share the card: wall time is the limit
+        kernels = pool.submit(covered)
         results = list(
             pool.map(lambda lane: run_lane(lane, run, planted, WORKLOAD, PARTS, opcode_at), LANES)
         )
+    report = {
+        "status": "pass",
+        "gpu_source": source,
+        "version": _output(found["compute-sanitizer"], "--version").strip().splitlines()[-1],
+        "coverage": kernels.result().to_json(),
+        "lanes": {result.tool: result.to_json() for result in results},
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    if kernels.result().problems or any(result.status != "pass" for result in results):
+        report["status"] = "fail"
+    OUTPUT.write_text(json.dumps(report, indent=1) + "\n")
     for result in results:
         print("\n".join(show(result)))
-    status = "pass" if all(result.status == "pass" for result in results) else "fail"
-    lanes = {result.tool: result.to_json() for result in results}
-    OUTPUT.parent.mkdir(exist_ok=True)
-    OUTPUT.write_text(
-        json.dumps({"status": status, "gpu_source": source, "lanes": lanes}, indent=1) + "\n"
-    )
-    return 0 if status == "pass" else 1
+    ran = report["coverage"]
+    print(f"{ran['run']} of the library's {ran['kernels']} kernels run; {report['version']}")
+    print("\n".join(f"  problem: {problem}" for problem in ran["problems"]))
+    print(f"{report['status']}, {report['seconds']:.0f} s")
+    return 0 if report["status"] == "pass" else 1
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 if __name__ == "__main__":

@@ -9,20 +9,23 @@ finding.
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from verification.sanitizers.findings import Kind, OpcodeAt, Report, read_report
 
-TIMEOUT = 280  # seconds, of the tool over the workload
-PLANTED_TIMEOUT = 40  # of the tool over one small kernel
+TIMEOUT = 150  # seconds, of the tool over the workload
+PLANTED_TIMEOUT = 60  # of the tool over one small kernel
 # Hazards that racecheck keeps in one process; 10 million else, and what comes after is lost.
 HAZARDS = {"NV_COMPUTE_SANITIZER_MAX_RACECHECK_HAZARDS": "60000000"}
+PRINTING = ("--print-limit", "100000", "--show-backtrace", "device")
 BARRIERS = ("--num-cuda-barriers", "256")  # the fused step initialises 66; the tool tracks 16 else
 
 
@@ -37,6 +40,9 @@ class Lane:
         says: what it must say of that kernel, a pattern.
         controls: arguments for bulk_copy_control, each a correct kernel.
         comparison: arguments for one that is wrong.
+        is_apart: whether each part of the workload is a process of its own, for a tool that takes
+            long.
+        without: parts that this lane leaves out; no kernel is run by them alone.
     """
 
     tool: str
@@ -45,6 +51,8 @@ class Lane:
     arguments: tuple[str, ...] = ()
     controls: tuple[str, ...] = ()
     comparison: tuple[str, ...] = ()
+    is_apart: bool = False
+    without: tuple[str, ...] = ()
 
 
 LANES = (
@@ -56,6 +64,8 @@ LANES = (
         BARRIERS,
         controls=("once", "ring", "arrive", "plain", "lanes", "init"),
         comparison=("unordered",),
+        is_apart=True,
+        without=("toy", "toy-untied"),
     ),
     Lane("initcheck", "never_written", "Uninitialized __global__ memory read"),
     Lane("synccheck", "divergent_barrier", "Barrier error detected", BARRIERS),
@@ -115,32 +125,42 @@ def run_lane(
     parts: Sequence[str],
     opcode_at: OpcodeAt,
 ) -> LaneResult:
-    """Runs one lane.
+    """Runs one lane, everything of it side by side.
 
     Args:
         lane: the tool and what it must catch.
         run: runs a program under a tool.
         planted: the built programs by name.
-        workload: the program that runs every kernel, given one of `parts`; each part is a process.
+        workload: the program that runs every kernel, given some of `parts`.
+        parts: of the workload.
         opcode_at: the instruction at a place of a kernel, for races.
     """
     began = time.monotonic()
-    command = [lane.tool, *lane.arguments, *workload, "|".join(parts)]
-    result = LaneResult(lane.tool, " ".join(command))
-    _, said = run(lane.tool, lane.arguments, [str(planted[lane.planted])])
+    parts = [part for part in parts if part not in lane.without]
+    result = LaneResult(lane.tool, " ".join([lane.tool, *lane.arguments, *workload, *parts]))
+    modes = (*lane.controls, *lane.comparison)
+    groups = [(part,) for part in parts] if lane.is_apart else [tuple(parts)]
+    programs = [
+        [str(planted[lane.planted])],
+        *([str(planted[CONTROL]), mode] for mode in modes),
+        *([*workload, *group] for group in groups),
+    ]
+    with ThreadPoolExecutor(len(programs)) as pool:
+        outcomes = list(pool.map(lambda words: run(lane.tool, lane.arguments, words), programs))
+    (_, said), of_modes, of_groups = (
+        outcomes[0],
+        outcomes[1:][: len(modes)],
+        outcomes[-len(groups) :],
+    )
     if not re.search(lane.says, said) or not read_report(said).total:
         result.problems.append(f"does not catch planted {lane.planted}: {_last(said)}")
-    for mode in (*lane.controls, *lane.comparison):
-        status, said = run(lane.tool, lane.arguments, [str(planted[CONTROL]), mode])
+    for mode, (status, said) in zip(modes, of_modes, strict=True):
         report = read_report(said, opcode_at)
         result.controls[mode] = report.kinds
         if (status and mode in lane.controls) or report.total is None:
             result.problems.append(f"control {mode} does not run: {_last(said)}")
-    with ThreadPoolExecutor(len(parts)) as pool:
-        said_of = list(
-            pool.map(lambda part: run(lane.tool, lane.arguments, [*workload, part]), parts)
-        )
-    for part, (status, said) in zip(parts, said_of, strict=True):
+    for group, (status, said) in zip(groups, of_groups, strict=True):
+        part = ", ".join(group)
         _judge(result, part, status, said, read_report(said, opcode_at), lane.controls)
     result.problems += [f"{count} x {kind}" for kind, count in result.findings.items()]
     result.seconds = time.monotonic() - began
@@ -180,43 +200,50 @@ def sanitizer(path: str, logs: Path) -> Run:
 
     def run(tool: str, arguments: Sequence[str], program: Sequence[str]) -> tuple[int, str]:
         limit = TIMEOUT if program[0] == sys.executable else PLANTED_TIMEOUT
-        command = [path, "--tool", tool, *arguments, "--print-limit", "100000", *program]
-        try:
-            done = subprocess.run(
+        command = [path, "--tool", tool, *arguments, *PRINTING, *program]
+        words = [tool, *arguments[:1], Path(program[0]).name, *program[1:][-1:]]
+        name = "-".join(word.strip("-") for word in words)
+        log = logs / f"{name.replace(' ', '_')}.log"
+        with log.open("w", encoding="utf-8") as said:
+            process = subprocess.Popen(
                 command,
-                capture_output=True,
-                text=True,
-                timeout=limit,
-                check=False,
+                stdout=said,
+                stderr=subprocess.STDOUT,
                 env={**os.environ, **HAZARDS},
+                start_new_session=True,  # so that what the tool has started ends with it
             )
-        except subprocess.TimeoutExpired as error:
-            partial = error.stdout or b""
-            text = partial.decode(errors="replace") if isinstance(partial, bytes) else partial
-            status, said = 124, f"{text}\nno end within {limit} s\n"
-        else:
-            status, said = done.returncode, done.stdout + done.stderr
-        name = "-".join([tool, *(Path(word).name for word in program[:1]), *program[1:][-1:]])
-        (logs / f"{name}.log").write_text(said, encoding="utf-8")
-        return status, said
+            try:
+                status = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                status = 124
+        text = log.read_text(encoding="utf-8", errors="replace")
+        return status, text if status != 124 else f"{text}\nno end within {limit} s\n"
 
     return run
 
 
 def sass_opcodes(paths: Sequence[Path], cuobjdump: str) -> OpcodeAt:
-    """Instructions by kernel name and offset, disassembled at the first question."""
-    functions: dict[str, dict[int, str]] = {}
+    """Instructions by kernel name and offset; disassembled aside, beginning now."""
+
+    def disassembled(path: Path) -> dict[str, dict[int, str]]:
+        command = [cuobjdump, "--dump-sass", str(path)]
+        return read_sass(subprocess.run(command, capture_output=True, text=True).stdout)
+
+    pool = ThreadPoolExecutor()
+    pending = [pool.submit(disassembled, path) for path in paths]
+    pool.shutdown(wait=False)
+
+    @cache
+    def functions() -> dict[str, dict[int, str]]:
+        return {name: code for future in pending for name, code in future.result().items()}
 
     def opcode_at(function: str, offset: int) -> str | None:
-        if not functions:
-            for path in paths:
-                done = subprocess.run(
-                    [cuobjdump, "--dump-sass", str(path)], capture_output=True, text=True
-                )
-                functions.update(read_sass(done.stdout))
         name = re.search(r"([A-Za-z_]\w*)\s*(?:<.*>)?\s*\(", function)
         bare = name[1] if name else function
-        there = {code[offset] for key, code in functions.items() if bare in key and offset in code}
+        code = [of for key, of in functions().items() if bare in key]
+        there = {of[offset] for of in code if offset in of}
         return there.pop() if len(there) == 1 else None
 
     return opcode_at

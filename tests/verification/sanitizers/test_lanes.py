@@ -1,10 +1,13 @@
 """Lanes against a tool that is made up: every way in which a lane must not pass."""
 
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.verification.sanitizers.test_findings import CLEAN, MEMCHECK
+from verification.sanitizers import lanes
 from verification.sanitizers.lanes import LANES, Lane, read_sass, run_lane
 
 PLANTED = {name: Path(name) for name in ("out_of_bounds", "bulk_copy_control", "missing_barrier")}
@@ -76,12 +79,40 @@ def test_every_part_must_end_and_what_they_find_is_added_up():
     def tool(name, arguments, program):
         return said[program[-1]]
 
-    parts = ("one", "two", "three")
-    result = run_lane(LANE, tool, PLANTED, ("run",), parts, lambda function, offset: None)
+    parts, apart = ("one", "two", "three"), replace(LANE, is_apart=True)
+    result = run_lane(apart, tool, PLANTED, ("run",), parts, lambda function, offset: None)
 
     assert result.cases == 24
     assert any("2 x Invalid __global__ write" in problem for problem in result.problems)
     assert any("three did not end" in problem for problem in result.problems)
+
+
+def test_a_quick_tool_runs_all_parts_in_one_process():
+    programs = []
+
+    def tool(name, arguments, program):
+        programs.append(list(program))
+        return (0, MEMCHECK if len(program) == 1 else CLEAN)
+
+    result = run_lane(LANE, tool, PLANTED, ("run",), ("one", "two"), lambda function, offset: None)
+
+    assert sorted(programs) == [["out_of_bounds"], ["run", "one", "two"]]
+    assert (result.status, result.cases) == ("pass", 12)
+
+
+def test_a_tool_that_does_not_end_is_ended_with_what_it_started(tmp_path: Path, monkeypatch):
+    left = tmp_path / "left"
+    script = tmp_path / "tool"
+    script.write_text(f"#!/bin/sh\necho begun\n(sleep 2; touch {left}) &\nsleep 60\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(lanes, "PLANTED_TIMEOUT", 0.5)
+
+    status, said = lanes.sanitizer(str(script), tmp_path)("memcheck", (), ["program"])
+
+    assert status == 124
+    assert said.startswith("begun") and "no end within 0.5 s" in said
+    time.sleep(2.5)
+    assert not left.exists()
 
 
 def test_a_finding_fails_the_lane_and_is_named():

@@ -21,25 +21,41 @@ from engine.models import model_names
 from engine.sources import shape, smollm2
 from verification.capture import capture, engine_config_for
 from verification.goldens import bit_hash
-from verification.prompts import Prompt, default_selection, prompts_for
+from verification.prompts import (
+    Prompt,
+    PromptSpec,
+    default_selection,
+    encoder_for,
+    prompts_for,
+    to_prompt,
+)
 from verification.taps import all_keys
 
-MODELS = tuple(name for name in model_names() if name != shape.NAME)  # every toy, and SmolLM2
+MODELS = model_names()  # every toy, SmolLM2, and Llama 3.2 1B's shape
 HASH_DIGITS = 10  # of SHA-256: 40 bits tell a changed tap from an unchanged one, in a small file
 NUM_DECODED = 4  # last tokens of a prompt that are decoded with taps
 NUM_GREEDY = 16  # steps without taps
 
-# Beyond 8192 tokens: every band of the scaled RoPE, nine segments of attention. The toy of the
-# fewest heads: the twin needs seconds.
+# Beyond 8192 tokens: every band of the scaled RoPE, nine segments of attention. Recorded of the toy
+# of the fewest heads, for which the twin needs seconds; a GPU's own tests run it on every toy.
 LONG_PROMPT = Prompt(
     "long-8300",
     "beyond 8192 tokens: 65 attention tiles in nine segments",
     tuple((i * i + 7 * (i // 61)) % 256 for i in range(8300)),
 )
 LONG_PROMPT_MODEL = "toy"
+# Of a trained model: two segments, and a step of more tokens than a token budget of 2048.
+TRAINED_PROMPT = PromptSpec(
+    "long-2100",
+    "a trained model over two attention segments",
+    repeat=("The river turned the mill, and the miller counted sacks until noon. ", 1),
+    num_tokens=2100,
+)
 
 # A trained model's prompts are all prefilled; of these few are decoded as well.
-DECODED_OF_SMOLLM2 = ("len-1", "capital", "len-129", "len-513")
+DECODED_OF_SMOLLM2 = ("len-1", "capital", "len-129", "len-513", TRAINED_PROMPT.id)
+# The twin computes 1.2 GMAC per token of this model: as many tokens as a prompt may have here.
+PROMPTS_OF_SHAPE = "len-1,len-17,len-129,len-512"
 
 Hashes = dict[str, list[str]]  # tap -> a hash per layer
 PromptBits = dict[str, Hashes]  # phase -> taps
@@ -47,9 +63,13 @@ Progress = Callable[[int, int, str], None]  # done, of how many, what
 
 
 def recorded_prompts(name: str, directory: Path) -> tuple[Prompt, ...]:
-    """The prompts of one model's record: those of its goldens, and a long one for one toy."""
+    """The prompts of one model's record: those of its goldens or a few, and for some a long one."""
     config = ModelConfig.from_directory(directory)
+    if name == shape.NAME:
+        return prompts_for(name, directory, config.vocab_size, PROMPTS_OF_SHAPE)
     prompts = prompts_for(name, directory, config.vocab_size, default_selection(name))
+    if name == smollm2.NAME:
+        return (*prompts, to_prompt(TRAINED_PROMPT, encoder_for(directory), config.vocab_size))
     return (*prompts, LONG_PROMPT) if name == LONG_PROMPT_MODEL else prompts
 
 

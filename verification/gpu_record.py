@@ -24,7 +24,7 @@ SCHEMA = 1
 CARD = "h200"
 RECORD_DIRECTORY = goldens.GOLDEN_ROOT / CARD
 FILES = ("record.json", "bits.json")
-MAX_BYTES = 300_000  # of both files: they live in git
+MAX_BYTES = 350_000  # of both files: they live in git
 PARTS = ("bits", "kernel_tests", "sanitizers", "benchmarks")
 
 

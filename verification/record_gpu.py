@@ -1,7 +1,7 @@
 """Records what this machine's GPU computes: the only writer of golden/<card>/ (`make record-gpu`).
 
 Runs four parts, or takes the results that an earlier command left for this very source: the bits of
-every toy and of SmolLM2, the kernel tests, the sanitizers, the benchmarks. Decides what is "not
+every model, the tests that need a GPU, the sanitizers, the benchmarks. Decides what is "not
 run" and says why; judges nothing else. CI holds the record to the twin (tests/golden).
 Invariant: a record is written whole; a result of another source is never taken.
 """
@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,6 +46,13 @@ RESULTS = {
     "sanitizers": (BUILD / "sanitize.json", [sys.executable, "-m", "verification.sanitizers"]),
     "benchmarks": (BUILD / "bench.json", ["make", "VENV=system", "bench-gpu"]),
 }
+# The tests marked gpu, in processes side by side: the one that keeps every core busy, the rest.
+MODEL_TESTS = "tests/kernels/test_bits_models.py"
+GPU_TESTS = (
+    (MODEL_TESTS,),
+    ("tests/kernels", f"--ignore={MODEL_TESTS}"),
+    ("tests/system", "tests/runtime"),
+)
 CARD_FIELDS = {
     "name": "name",
     "driver": "driver_version",
@@ -103,7 +111,7 @@ def record_bits(names: Sequence[str] = MODELS) -> tuple[dict, dict[str, dict[str
 
 
 def kernel_tests(source: str) -> dict:
-    """The counts of tests/kernels, as an earlier record of this source left them, or of a run."""
+    """The counts of the GPU's tests, as an earlier record of this source left them, or of a run."""
     path = BUILD / "kernel_tests.json"
     found = _read(path, source)
     if found is None:
@@ -113,31 +121,50 @@ def kernel_tests(source: str) -> dict:
 
 
 def run_kernel_tests() -> dict:
-    """Runs tests/kernels; a skipped test is counted as skipped, and one is enough not to pass."""
+    """Runs what is marked gpu; a skipped test is counted, and one is enough not to pass."""
     BUILD.mkdir(exist_ok=True)
-    report = BUILD / "kernel_tests.xml"
-    report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "tests/kernels", "-q", f"--junitxml={report}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if not report.exists():
-        said = (done.stdout + done.stderr).strip().splitlines()
-        return {"status": "not run", "reason": f"pytest wrote no report: {said[-1:]}"}
-    return count_tests(report.read_text(encoding="utf-8"))
+    reports = [BUILD / f"kernel_tests_{i}.xml" for i in range(len(GPU_TESTS))]
+
+    def run(words: Sequence[str], report: Path) -> str:
+        report.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "pytest", *words, "-m", "gpu", f"--junitxml={report}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        said = done.stdout + done.stderr
+        report.with_suffix(".log").write_text(said, encoding="utf-8")
+        return (said.strip().splitlines() or ["nothing"])[-1]
+
+    with ThreadPoolExecutor() as pool:
+        said = list(pool.map(run, GPU_TESTS, reports))
+    for words, report, last in zip(GPU_TESTS, reports, said, strict=True):
+        print(f"  tests: {words[0]}: {last}", flush=True)
+        if not report.exists():
+            return {"status": "not run", "reason": f"pytest wrote no report: {last}"}
+    return count_tests([report.read_text(encoding="utf-8") for report in reports])
 
 
-def count_tests(junit_xml: str) -> dict:
-    """The counts of a JUnit report; "pass" only if every test passed and there is one."""
-    suites = list(ElementTree.fromstring(junit_xml).iter("testsuite"))
+def count_tests(junit_xmls: Iterable[str]) -> dict:
+    """The counts of JUnit reports; "pass" only if every test passed and each report has one."""
+    roots = [ElementTree.fromstring(text) for text in junit_xmls]
+    suites = [list(root.iter("testsuite")) for root in roots]
     total, failed, skipped = (
-        sum(int(suite.get(key, 0)) for suite in suites for key in keys)
+        sum(int(suite.get(key, 0)) for of in suites for suite in of for key in keys)
         for keys in (("tests",), ("failures", "errors"), ("skipped",))
     )
+    is_whole = all(any(int(suite.get("tests", 0)) for suite in of) for of in suites)
     passed = total - failed - skipped
-    status = "fail" if failed else "pass" if passed == total and total else "not run"
+    status = "fail" if failed else "pass" if passed == total and is_whole else "not run"
     counts = {"num_tests": total, "passed": passed, "failed": failed, "skipped": skipped}
     reason = {"reason": f"{skipped} of {total} tests skipped"} if status == "not run" else {}
-    seconds = round(sum(float(suite.get("time", 0)) for suite in suites), 1)
-    return {"status": status, **reason, **counts, "seconds": seconds}
+    seconds = round(sum(float(suite.get("time", 0)) for of in suites for suite in of), 1)
+    cases = (case for root in roots for case in root.iter("testcase"))
+    files = Counter(_file_of(case.get("classname", "")) for case in cases)
+    return {"status": status, **reason, **counts, "seconds": seconds, "files": dict(files)}
+
+
+def _file_of(classname: str) -> str:
+    """The test's file without its suffix: tests.kernels.test_x.TestY -> tests/kernels/test_x."""
+    words = classname.split(".")
+    return "/".join(word for word in words if not word.startswith("Test"))
 
 
 def result_of(part: str, source: str) -> dict:
@@ -220,7 +247,7 @@ def record(directory: Path, left_out: Sequence[str]) -> dict:
         "source_stamp": library.source_stamp,
         "numerics_version": library.numerics_version,
         "prompts_sha256": prompts_sha256(),
-        "git_commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+        "git_commit": commit_of(ROOT),
         "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
         "card": card_facts(),
         "software": {"toolkit": toolkit_version(), **software_versions()},
@@ -243,6 +270,13 @@ def record(directory: Path, left_out: Sequence[str]) -> dict:
         raise EngineError("csrc/ changed while the record was made: nothing was written")
     write(directory, facts, bits)
     return facts
+
+
+def commit_of(root: Path) -> str | None:
+    """The commit that a checkout is, or None: a tree with changes is none, and has its hashes."""
+    if _output("git", "-C", str(root), "status", "--porcelain", "-uno") != "":
+        return None
+    return _output("git", "-C", str(root), "rev-parse", "HEAD")
 
 
 def _output(*command: str) -> str | None:

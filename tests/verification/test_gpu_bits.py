@@ -1,18 +1,21 @@
 import copy
+import json
 from pathlib import Path
 
 import pytest
 
 from engine.bindings import Library
-from engine.models import resolve
-from engine.sources import shape, toy
+from engine.models import cache_root, resolve
+from engine.sources import shape, smollm2, toy
 from verification import goldens
 from verification.gpu_bits import (
     LONG_PROMPT,
     LONG_PROMPT_MODEL,
     MODELS,
     NUM_DECODED,
+    TRAINED_PROMPT,
     differences,
+    is_decoded,
     model_bits,
     num_taps,
     recorded_prompts,
@@ -28,20 +31,43 @@ def bits(library: Library) -> dict:
     return model_bits("toy", resolve("toy"), PROMPTS, "cpu", library)
 
 
-def test_the_record_is_of_every_toy_and_of_the_trained_model():
-    assert set(MODELS) == {*toy.CONFIGS, "smollm2-135m"}
-    assert shape.NAME not in MODELS
+def test_the_record_is_of_every_toy_of_the_trained_model_and_of_the_real_shape():
+    assert set(MODELS) == {*toy.CONFIGS, smollm2.NAME, shape.NAME}
 
 
-def test_one_prompt_reaches_beyond_8192_tokens_and_every_band_of_the_scaled_rope():
-    config = toy.CONFIGS[LONG_PROMPT_MODEL]
-    scaling = config.rope_scaling
+@pytest.mark.parametrize("name", toy.CONFIGS)
+def test_one_prompt_that_every_toy_takes_reaches_beyond_8192_tokens(name: str):
+    config = toy.CONFIGS[name]
 
     assert 8192 < len(LONG_PROMPT.token_ids) <= config.max_position_embeddings - 16
     assert len(LONG_PROMPT.token_ids) > 8 * 1024  # more than eight segments of attention
-    assert scaling.original_max_position_embeddings * scaling.factor < 8192
     assert max(LONG_PROMPT.token_ids) < config.vocab_size
+    if scaling := config.rope_scaling:  # every band of it
+        assert scaling.original_max_position_embeddings * scaling.factor < 8192
+
+
+def test_the_long_prompt_is_recorded_of_one_toy():
     assert LONG_PROMPT in recorded_prompts(LONG_PROMPT_MODEL, resolve(LONG_PROMPT_MODEL))
+
+
+def test_the_real_shape_has_prompts_up_to_512_tokens_all_of_them_decoded(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(toy.config_json(shape.CONFIG)))
+
+    prompts = recorded_prompts(shape.NAME, tmp_path)
+
+    assert [len(p.token_ids) for p in prompts] == [1, 17, 129, 512]
+    assert all(is_decoded(shape.NAME, p.id) for p in prompts)
+
+
+@pytest.mark.weights
+def test_the_trained_model_has_a_prompt_of_more_than_2048_tokens():
+    if not any(cache_root().glob(f"{smollm2.NAME}-*/model.safetensors")):
+        pytest.skip("requires smollm2-135m in the model cache: make verify fetches it")
+
+    *_, longest = recorded_prompts(smollm2.NAME, resolve(smollm2.NAME))
+
+    assert longest.id == TRAINED_PROMPT.id and len(longest.token_ids) > 2048
+    assert is_decoded(smollm2.NAME, longest.id)
 
 
 def test_a_prompt_has_every_tap_of_prefill_and_decode_and_what_greedy_steps_leave(bits: dict):

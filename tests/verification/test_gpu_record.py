@@ -1,4 +1,5 @@
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,25 +197,51 @@ def test_a_record_too_large_for_git_is_refused_and_the_old_one_stays(directory: 
 class TestCounting:
     def xml(self, tests: int, failures: int = 0, errors: int = 0, skipped: int = 0) -> str:
         counts = f'tests="{tests}" failures="{failures}" errors="{errors}" skipped="{skipped}"'
-        return f'<testsuites><testsuite {counts} time="1.25"/></testsuites>'
+        case = '<testcase classname="tests.kernels.test_x.TestY" name="z"/>'
+        return (
+            f'<testsuites><testsuite {counts} time="1.25">{tests * case}</testsuite></testsuites>'
+        )
 
     def test_all_passed_is_a_pass(self):
-        assert count_tests(self.xml(5)) == {
+        assert count_tests([self.xml(5)]) == {
             "status": "pass",
             "num_tests": 5,
             "passed": 5,
             "failed": 0,
             "skipped": 0,
             "seconds": 1.2,
+            "files": {"tests/kernels/test_x": 5},
         }
+
+    def test_the_reports_of_several_runs_are_added_up(self):
+        both = count_tests([self.xml(5), self.xml(3, failures=1)])
+
+        assert (both["status"], both["num_tests"], both["failed"]) == ("fail", 8, 1)
+        assert both["files"] == {"tests/kernels/test_x": 8}
 
     @pytest.mark.parametrize("counts", [(5, 1), (5, 0, 1), (5, 1, 0, 4)])
     def test_one_failure_or_error_fails(self, counts):
-        assert count_tests(self.xml(*counts))["status"] == "fail"
+        assert count_tests([self.xml(*counts)])["status"] == "fail"
 
     @pytest.mark.parametrize("counts", [(5, 0, 0, 1), (5, 0, 0, 5), (0,)])
     def test_a_skip_or_nothing_at_all_is_never_a_pass(self, counts):
-        assert count_tests(self.xml(*counts))["status"] == "not run"
+        assert count_tests([self.xml(*counts)])["status"] == "not run"
+        assert count_tests([self.xml(3), self.xml(*counts)])["status"] == "not run"
+
+
+def test_every_test_marked_gpu_is_run_for_the_record():
+    folders = {word for words in record_gpu.GPU_TESTS for word in words if "=" not in word}
+    root = Path(record_gpu.ROOT)
+    marked = {
+        path.relative_to(root)
+        for path in (root / "tests").rglob("test_*.py")
+        if "pytest.mark.gpu" in path.read_text(encoding="utf-8") and path != Path(__file__)
+    }
+
+    missed = {path for path in marked if not any(Path(f) in (path, *path.parents) for f in folders)}
+
+    assert all((root / folder).exists() for folder in folders)
+    assert missed == {Path("tests/benchmarks/test_bench_gpu.py")}  # a part of its own
 
 
 def test_a_result_of_another_source_is_never_taken(tmp_path: Path, monkeypatch):
@@ -244,6 +271,22 @@ def test_without_a_gpu_nothing_is_written(tmp_path: Path, monkeypatch, capsys):
     assert record_gpu.main(["--to", str(tmp_path / CARD)]) == 1
     assert "nvidia-smi finds no GPU" in capsys.readouterr().out
     assert not (tmp_path / CARD).exists()
+
+
+def test_a_commit_is_recorded_of_an_unchanged_checkout_alone(tmp_path: Path):
+    def git(*words: str) -> str:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        command = ["git", "-C", str(tmp_path), *identity, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert record_gpu.commit_of(tmp_path) is None
+    git("init", "-q")
+    (tmp_path / "source.c").write_text("one")
+    git("add", "source.c")
+    git("commit", "-q", "-m", "one")
+    assert record_gpu.commit_of(tmp_path) == git("rev-parse", "HEAD")
+    (tmp_path / "source.c").write_text("two")
+    assert record_gpu.commit_of(tmp_path) is None
 
 
 def test_an_unknown_part_is_wrong_use():

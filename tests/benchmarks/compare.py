@@ -1,9 +1,10 @@
 """Holds a run of the benchmarks to a stored one: fails on a regression beyond the measured noise.
 
 Where the run timed a base (another build of the engine, by turns with this one) the two are
-compared inside the run; else with the stored medians. Noise is what the run and the stored one
-measured of themselves: the same engine twice. `python -m tests.benchmarks.compare`, make
-bench-compare. Exit status: 0 no regression, 1 one, or nothing to compare.
+compared inside the run; else, or where --against names one, with the stored medians. Noise is what
+the run and the stored one measured of themselves: the same engine twice. `python -m
+tests.benchmarks.compare`, make bench-compare. Exit status: 0 no regression, 1 one, or nothing to
+compare.
 """
 
 import argparse
@@ -58,13 +59,13 @@ def load(path: Path) -> dict:
 
 
 def differences(run: dict, stored: dict | None) -> list[Difference]:
-    """Every point that both have."""
+    """Every point that both have; without a stored run, every point that timed a base."""
     old_points = {point["name"]: point for point in (stored or {"points": []})["points"]}
     found = []
     for point in run["points"]:
         contestants, name = point["contestants"], point["name"]
         new = contestants[OURS]["median"]
-        if "median" in contestants.get(BASE, {}):
+        if stored is None and "median" in contestants.get(BASE, {}):
             base = contestants[BASE]
             spread = (base["p90"] - base["p10"]) / 2 / base["median"]
             chance = max(point["noise"], spread)
@@ -81,12 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; see the module."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.compare", description=__doc__)
     parser.add_argument("--run", type=Path, default=RUN, help="default: %(default)s")
-    parser.add_argument("--against", type=Path, default=STORED, help="default: %(default)s")
+    parser.add_argument("--against", type=Path, help=f"default: the run's own base, or {STORED}")
     options = parser.parse_args(arguments)
     try:
         run = load(options.run)
         has_base = any(BASE in point["contestants"] for point in run["points"])
-        stored = None if has_base else load(options.against)
+        stored = None if has_base and not options.against else load(options.against or STORED)
     except (OSError, ValueError) as error:
         print(f"error: {error}")
         return 1

@@ -8,7 +8,7 @@ chosen by $BENCH_PEERS; $BENCH_BASE names another checkout of this engine, built
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,8 @@ ROUNDS = 7
 OUTPUT = CSRC.parent / "build" / "bench.json"
 PEERS = os.environ.get("BENCH_PEERS", "graph,eager,compiled").split(",")
 AGAIN = "touchstone again"  # the same engine among the others
-COMPILED_POINTS = ("decode B=1, 128",)  # compiling takes half a minute a point
+# Compiling takes half a minute a point.
+COMPILED_POINTS = ("decode B=1, 128", "decode B=8, 512", "prefill B=1, 512")
 MAX_SHORTFALL = 0.5  # sigma, of a peer's first tokens: ten times bf16's error, an eighth of chance
 
 pytestmark = pytest.mark.gpu
@@ -134,8 +135,9 @@ def test_point(benchmark, session: Session, point: Point):
     row["contestants"] |= {name: {"not run": why} for name, why in missing.items()}
     row["checked"] = ours.check(point, prompts)
     row["clocks"] = gpu.clocks()
-    for other in ready:
+    for other, seconds in ready.items():
         ids, entry = other.token_ids(), row["contestants"][other.name]
+        entry["ready_seconds"] = round(seconds, 2)
         entry["agreement"] = round(agreement(ids, ours.token_ids()), 3)
         entry["shortfall"] = round(ours.shortfall(ids[0]), 4)
         entry["outputs"] = "ok" if entry["shortfall"] <= MAX_SHORTFALL else "differ"
@@ -153,17 +155,18 @@ def test_point(benchmark, session: Session, point: Point):
 
 def _prepare(
     others: list[Contestant], point: Point, prompts: np.ndarray
-) -> tuple[list[Contestant], dict[str, str]]:
-    """Who is ready for a point, and why the rest is not."""
-    ready, missing = [], {}
+) -> tuple[dict[Contestant, float], dict[str, str]]:
+    """Who is ready for a point after how many seconds, and why the rest is not."""
+    ready, missing = {}, {}
     for other in others:
         if "torch.compile" in other.name and point.name not in COMPILED_POINTS:
             missing[other.name] = f"compiled for {', '.join(COMPILED_POINTS)} alone"
             continue
+        began = gpu.clock()
         try:
             other.prepare(point, prompts)
-            other.run()
-            ready.append(other)
+            other.run()  # the first one compiles
+            ready[other] = gpu.clock() - began
         except Exception as error:  # a peer's failure is no failure of the engine; it is told
             missing[other.name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
     return ready, missing
@@ -174,7 +177,7 @@ def _row(
     point: Point,
     seconds: list[float],
     others: dict[str, Interleaved],
-    ready: list[Contestant],
+    ready: Iterable[Contestant],
 ) -> dict:
     """One point as bench.json has it; milliseconds per step."""
     steps = {other.name: getattr(other, "steps", point.steps) for other in ready}

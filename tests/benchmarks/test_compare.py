@@ -34,10 +34,11 @@ def run(ours: float = 1.0, noise: float = 0.01, **others: dict) -> dict:
 def command(tmp_path):
     def call(new: dict, old: dict | None) -> int:
         (tmp_path / "new.json").write_text(json.dumps(new))
-        (tmp_path / "old.json").write_text(json.dumps(old or {"benchmarks": {"reason": "none"}}))
-        return compare.main(
-            ["--run", str(tmp_path / "new.json"), "--against", str(tmp_path / "old.json")]
-        )
+        against = []
+        if old is not None:
+            (tmp_path / "old.json").write_text(json.dumps(old))
+            against = ["--against", str(tmp_path / "old.json")]
+        return compare.main(["--run", str(tmp_path / "new.json"), *against])
 
     return call
 
@@ -56,7 +57,12 @@ def test_a_slower_run_passes_within_the_noise_of_both_and_fails_beyond_it(comman
 def test_a_base_in_the_same_run_is_what_counts(command, capsys):
     assert command(run(1.0, base=spread(0.9)), None) == 1
     assert "SLOWER, base in the same run" in capsys.readouterr().out
-    assert command(run(1.0, base=spread(1.0)), run(0.1)) == 0
+    assert command(run(1.0, base=spread(1.0)), None) == 0
+
+
+def test_a_stored_run_that_is_named_counts_beside_a_base(command, capsys):
+    assert command(run(1.0, base=spread(1.0)), run(0.1)) == 1
+    assert "SLOWER, stored run" in capsys.readouterr().out
 
 
 def test_nothing_to_compare_is_no_pass(command, capsys):
@@ -65,7 +71,7 @@ def test_nothing_to_compare_is_no_pass(command, capsys):
 
     assert command(run(), other) == 1
     assert "no point in common" in capsys.readouterr().out
-    assert command(run(), None) == 1
+    assert command(run(), {"benchmarks": {"reason": "none"}}) == 1
     assert "no benchmark points: none" in capsys.readouterr().out
 
 

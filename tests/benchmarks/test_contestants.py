@@ -5,7 +5,7 @@ import torch
 from engine.bindings import Library
 from engine.models import resolve
 from tests.benchmarks.contestants import Touchstone, agreement, prompts_of, room_for
-from tests.benchmarks.peers.hugging_face import Transformers
+from tests.benchmarks.peers.hugging_face import CompiledTransformers, Transformers
 from tests.benchmarks.peers.torch_graph import TorchGraph
 from tests.benchmarks.points import Point
 
@@ -24,7 +24,12 @@ def ours(library: Library):
     made.close()
 
 
-@pytest.fixture(scope="module", params=[TorchGraph, Transformers])
+def uncompiled(*arguments: object) -> CompiledTransformers:
+    """The static cache and its bookkeeping, without the minutes of a compiler."""
+    return CompiledTransformers(*arguments, compiled=lambda function, **_: function)
+
+
+@pytest.fixture(scope="module", params=[TorchGraph, Transformers, uncompiled])
 def peer(request):
     return request.param(resolve(MODEL), "cpu", torch.float32)
 

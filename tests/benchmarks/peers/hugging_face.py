@@ -3,6 +3,7 @@
 Both attend through SDPA, transformers' default, and choose by arg-max.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -77,33 +78,54 @@ class Transformers:
 
 
 class CompiledTransformers(Transformers):
-    """Transformers with StaticCache and torch.compile(mode="reduce-overhead"); decode alone."""
+    """Transformers with StaticCache under torch.compile(mode="reduce-overhead").
+
+    Args:
+        compiled: torch.compile, or what stands for it where there is no compiler to wait for.
+    """
 
     name = "transformers, StaticCache, torch.compile"
 
-    def __init__(self, *arguments: object, **named: object) -> None:
+    def __init__(
+        self,
+        *arguments: object,
+        compiled: Callable[..., Callable] = torch.compile,
+        **named: object,
+    ) -> None:
         super().__init__(*arguments, **named)
-        self._step = torch.compile(self._one_step, mode="reduce-overhead", fullgraph=False)
+        self._compiled = compiled
+
+    def prepare(self, point: Point, prompts: np.ndarray) -> None:
+        """Fills the cache; the first run compiles for this point's shapes alone."""
+        torch._dynamo.reset()
+        self._step = self._compiled(self._one_step, mode="reduce-overhead", dynamic=False)
+        super().prepare(point, prompts)
+        if point.kind == "prefill":
+            with torch.inference_mode():
+                self._cache = self._filled(self._tokens)  # allocates; every run writes it anew
 
     def _filled(self, tokens: Tensor) -> StaticCache:
-        self._room = self._point.context + MAX_STEPS
-        cache = StaticCache(config=self.model.config, max_cache_len=self._room)
+        room = self._point.context + (MAX_STEPS if self._point.kind == "decode" else 0)
+        cache = StaticCache(config=self.model.config, max_cache_len=room)
         self.model(tokens, past_key_values=cache, logits_to_keep=1)
         return cache
 
-    def _one_step(self, tokens: Tensor, position: Tensor) -> Tensor:
-        output = self.model(tokens, past_key_values=self._cache, position_ids=position)
+    def _one_step(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        output = self.model(
+            tokens, past_key_values=self._cache, position_ids=positions, logits_to_keep=1
+        )
         return output.logits[:, -1].argmax(-1)
 
     @torch.inference_mode()
     def run(self) -> None:
         """The timed call; every one writes the same slots."""
-        tokens, self._ids = self._tokens[:, -1:], []
+        is_decode = self._point.kind == "decode"
+        start = self._point.context - 1 if is_decode else 0
         for layer in self._cache.layers:  # the cache counts what it was given: begin again
-            layer.cumulative_length.fill_(self._point.context - 1)
+            layer.cumulative_length.fill_(start)
+        tokens, self._ids = self._tokens[:, start:], []
         for step in range(self.steps):
-            position = torch.full((1, 1), self._point.context - 1 + step, device=self.device)
+            first = torch.arange(start + step, start + step + tokens.shape[1], device=self.device)
             torch.compiler.cudagraph_mark_step_begin()
-            chosen = self._step(tokens, position).clone()
-            self._ids.append(chosen)
-            tokens = chosen[:, None]
+            self._ids.append(self._step(tokens, first.expand(len(tokens), -1)).clone())
+            tokens = self._ids[-1][:, None]

@@ -106,18 +106,21 @@ def sampling_cases(ops: Ops) -> Iterator[Case]:
     yield "argmax, 3 x 331", lambda: ops.argmax(logits)
     counters = (np.arange(33, dtype=np.uint64), *[np.arange(33, dtype=np.int32)] * 2)
     yield "uniform, 33", lambda: ops.uniform(*counters)
-    for vocab_size, rows in ((33, [FILTERED]), (2049, [GREEDY, DRAWN])):
-        logits = np.random.default_rng(2).standard_normal((len(rows), vocab_size), np.float32)
-        scored, plain = sampling_of(rows), sampling_of(rows, is_scored=False)
-        what = f"{len(rows)} x {vocab_size}"
-        yield f"sample, {what}", lambda x=logits, b=scored: ops.sample(x, b)
-        yield f"edit_logits, {what}", lambda x=logits, b=plain: ops.edit_logits(x, b)
+    yield from _choices(ops, 2049, [GREEDY, DRAWN])
 
 
-# Of a row's choice; racecheck takes long over the histograms of a filter.
+def _choices(ops: Ops, vocab_size: int, rows: list[dict[str, float]]) -> Iterator[Case]:
+    logits = np.random.default_rng(2).standard_normal((len(rows), vocab_size), np.float32)
+    what, chosen, plain = f"{rows} of {vocab_size}", sampling_of(rows), sampling_of(rows, False)
+    yield f"sample, {what}", lambda: ops.sample(logits, chosen)
+    yield f"edit_logits, {what}", lambda: ops.edit_logits(logits, plain)
+
+
+# How a row is chosen. racecheck takes a quarter of a minute over each of the two filters.
 GREEDY: dict[str, float] = {}
 DRAWN = {"temperature": 1}
-FILTERED = {"temperature": 0.7, "top_k": 7, "top_p": 0.9, "min_p": 0.01}
+BY_COUNT = {"temperature": 0.7, "top_k": 7, "min_p": 0.01}
+BY_MASS = {"temperature": 0.7, "top_p": 0.9}
 
 
 def sampling_of(choices: Sequence[dict[str, float]], is_scored: bool = True) -> SamplingBatch:
@@ -162,6 +165,8 @@ OPERATIONS: dict[str, Callable[[Ops], Iterator[Case]]] = {
     "fused linear": fused_cases,
     "attention": attention_cases,
     "sampling": sampling_cases,
+    "sampling by count": lambda ops: _choices(ops, 33, [BY_COUNT]),
+    "sampling by mass": lambda ops: _choices(ops, 33, [BY_MASS]),
     "elementwise": elementwise_cases,
 }
 PARTS = (*OPERATIONS, *MODELS)  # each may run in a process of its own

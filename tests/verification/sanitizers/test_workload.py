@@ -22,7 +22,7 @@ def test_every_operation_is_a_case(twin: Ops):
 def test_every_case_of_the_operations_runs(twin: Ops, part: str, capsys):
     count = workload.run_cases(workload.OPERATIONS[part](twin))
 
-    assert capsys.readouterr().out.count("case ") == count > 5
+    assert capsys.readouterr().out.count("case ") == count > 1
 
 
 def test_a_models_steps_run_prefill_decode_and_more_sequences_than_one_launch_takes(make_runner):

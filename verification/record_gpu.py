@@ -7,6 +7,7 @@ Invariant: a record is written whole; a result of another source is never taken.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -46,11 +47,13 @@ RESULTS = {
     "sanitizers": (BUILD / "sanitize.json", [sys.executable, "-m", "verification.sanitizers"]),
     "benchmarks": (BUILD / "bench.json", ["make", "VENV=system", "bench-gpu"]),
 }
-# The tests marked gpu, in processes side by side: the one that keeps every core busy, the rest.
+# The tests marked gpu, in processes side by side: the one that keeps every core busy, the others.
 MODEL_TESTS = "tests/kernels/test_bits_models.py"
+WHOLE_STEPS = "attention or decode or step or repeats"
 GPU_TESTS = (
     (MODEL_TESTS,),
-    ("tests/kernels", f"--ignore={MODEL_TESTS}"),
+    ("tests/kernels", f"--ignore={MODEL_TESTS}", "-k", WHOLE_STEPS),
+    ("tests/kernels", f"--ignore={MODEL_TESTS}", "-k", f"not ({WHOLE_STEPS})"),
     ("tests/system", "tests/runtime"),
 )
 CARD_FIELDS = {
@@ -127,7 +130,8 @@ def run_kernel_tests() -> dict:
 
     def run(words: Sequence[str], report: Path) -> str:
         report.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "pytest", *words, "-m", "gpu", f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", "-q", *words, "-m", "gpu", "--durations=9"]
+        command.append(f"--junitxml={report}")
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         said = done.stdout + done.stderr
         report.with_suffix(".log").write_text(said, encoding="utf-8")
@@ -257,15 +261,13 @@ def record(directory: Path, left_out: Sequence[str]) -> dict:
     def unless_left_out(part: str, run: Callable[[], dict]) -> dict:
         return without if part in left_out else run()
 
-    with ThreadPoolExecutor(1) as aside:  # sanitizers take long and disturb no bit
-        sanitizers = aside.submit(
-            unless_left_out, "sanitizers", lambda: result_of("sanitizers", source)
-        )
+    with ThreadPoolExecutor(1) as aside:  # neither disturbs a bit of the other
+        tests = aside.submit(unless_left_out, "kernel_tests", lambda: kernel_tests(source))
         facts["bits"], bits = record_bits()
-        facts["kernel_tests"] = unless_left_out("kernel_tests", lambda: kernel_tests(source))
-        facts["sanitizers"] = sanitizers.result()
-    # Alone on the machine: they are timed.
-    facts["benchmarks"] = unless_left_out("benchmarks", lambda: result_of("benchmarks", source))
+        facts["kernel_tests"] = tests.result()
+    # Alone on the machine: beside racecheck everything waits for the card, and speed is timed.
+    for part in RESULTS:
+        facts[part] = unless_left_out(part, functools.partial(result_of, part, source))
     if gpu_source_stamp() != source:
         raise EngineError("csrc/ changed while the record was made: nothing was written")
     write(directory, facts, bits)

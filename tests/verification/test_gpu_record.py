@@ -230,7 +230,8 @@ class TestCounting:
 
 
 def test_every_test_marked_gpu_is_run_for_the_record():
-    folders = {word for words in record_gpu.GPU_TESTS for word in words if "=" not in word}
+    words = {word for words in record_gpu.GPU_TESTS for word in words}
+    folders = {word for word in words if word.startswith("tests/")}
     root = Path(record_gpu.ROOT)
     marked = {
         path.relative_to(root)
@@ -240,6 +241,7 @@ def test_every_test_marked_gpu_is_run_for_the_record():
 
     missed = {path for path in marked if not any(Path(f) in (path, *path.parents) for f in folders)}
 
+    assert {record_gpu.WHOLE_STEPS, f"not ({record_gpu.WHOLE_STEPS})"} <= words
     assert all((root / folder).exists() for folder in folders)
     assert missed == {Path("tests/benchmarks/test_bench_gpu.py")}  # a part of its own
 
@@ -263,6 +265,35 @@ def test_kernel_tests_are_run_once_for_a_source(tmp_path: Path, monkeypatch):
     record_gpu.kernel_tests("two")
 
     assert first == again and len(runs) == 2
+
+
+def test_a_record_is_made_of_its_parts_and_of_nothing_of_another_source(
+    tmp_path: Path, monkeypatch, library
+):
+    results = {}
+    for part, source in (("sanitizers", gpu_source_stamp()), ("benchmarks", "another")):
+        path = tmp_path / f"{part}.json"
+        path.write_text(json.dumps({"gpu_source": source, "status": "pass", "lanes": {}}))
+        results[part] = (path, ["true"])
+    monkeypatch.setattr(record_gpu, "RESULTS", results)
+    monkeypatch.setattr(record_gpu, "BUILD", tmp_path)
+    monkeypatch.setattr(record_gpu, "card_facts", lambda: {"name": "a card"})
+    monkeypatch.setattr(record_gpu, "run_kernel_tests", lambda: dict(PASSED))
+    models = {"toy": {"status": "recorded", "weights_sha256": "w"}}
+    found = {"status": "recorded", "models": models}, BITS
+    monkeypatch.setattr(record_gpu, "record_bits", lambda: found)
+
+    facts = record_gpu.record(tmp_path / CARD, [])
+
+    assert load(tmp_path / CARD).facts == json.loads(json.dumps(facts)) | {
+        "bits": load(tmp_path / CARD).facts["bits"]
+    }
+    assert facts["kernel_tests"]["status"] == facts["sanitizers"]["status"] == "pass"
+    assert facts["benchmarks"] == {
+        "status": "not run",
+        "reason": "benchmarks.json was not made for this source",
+    }
+    assert record_gpu.record(tmp_path / CARD, ["sanitizers"])["sanitizers"]["status"] == "not run"
 
 
 def test_without_a_gpu_nothing_is_written(tmp_path: Path, monkeypatch, capsys):

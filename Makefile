@@ -52,7 +52,7 @@ endif
 OBJECTS := $(patsubst csrc/%,build/%.o,$(C_FILES) $(CU_FILES))
 
 .DEFAULT_GOAL := build
-.PHONY: help build verify verify-op test mutants localise false-alarms teeth evidence golden record-gpu sanitize lint format clean FORCE
+.PHONY: help build verify verify-op test mutants localise false-alarms teeth properties evidence golden record-gpu sanitize lint format clean FORCE
 .PHONY: bench bench-gpu bench-compare bench-table
 
 help:  ## this list
@@ -72,6 +72,9 @@ mutants: $(LIBRARY) $(PACKAGES)  ## plant every fault of the catalogue in turn: 
 
 teeth: $(LIBRARY) $(PACKAGES)  ## the kill matrix: every fault, made by hand, of the museum and generated; resumable
 	$(PYTHON) -m verification.teeth --device $(DEVICE) $(ARGS)
+
+properties: $(LIBRARY) $(PACKAGES)  ## which planted faults each metamorphic property finds, and which it alone (resumable)
+	$(PYTHON) -m verification.teeth.properties $(ARGS)
 
 evidence: $(PACKAGES)  ## docs/evidence.md, made of the records of the last runs in docs/evidence/
 	@$(PYTHON) -m verification.evidence_page $(ARGS)

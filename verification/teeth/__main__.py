@@ -9,6 +9,7 @@ import argparse
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from verification.teeth.plan import (
 )
 from verification.teeth.report import record
 
-CACHE = ROOT / "build" / "teeth" / "results.jsonl"
+CACHES = ROOT / "build" / "teeth"
 COUNT = {CPU: 300, GPU: 100}  # generated faults of a full run
 GROUPS = (CATALOGUE, MUSEUM, GENERATED)
 
@@ -61,9 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         planted = whole_plan(ROOT, device, count, options.seed)
         chosen = [each for each in planted if each.group in groups]
         chosen = list(choose(chosen, options.only))
+        clock = time.monotonic()
         made, rows = _run(chosen, device, options.jobs, options.fresh)
         print_rows(rows)
         print_scores(made)
+        print(f"{time.monotonic() - clock:.0f} s on the clock, {options.jobs} faults at a time")
         if options.only is None and (options.record or set(groups) == set(GROUPS)):
             print(f"wrote {write(made).relative_to(ROOT)}; make evidence makes the page of it")
     except (EngineError, OSError) as error:
@@ -89,9 +92,10 @@ def whole_plan(root: Path, device: str, count: int | None, seed: int = SEED) -> 
 def _run(
     planted: list[Planted], device: str, jobs: int, is_fresh: bool
 ) -> tuple[Evidence, list[Row]]:
+    path = CACHES / f"{device}.jsonl"
     if is_fresh:
-        CACHE.unlink(missing_ok=True)
-    cache = arena.Cache(CACHE)
+        path.unlink(missing_ok=True)
+    cache = arena.Cache(path)
     results = arena.run(planted, device, cache, jobs, report=_progress)
     equivalents = load_equivalents()
     rows = rows_of(planted, results, [each.edit for each in equivalents])
@@ -131,7 +135,9 @@ def print_scores(made: Evidence) -> None:
 
 
 def _progress(done: int, total: int, what: str) -> None:
-    if sys.stdout.isatty():
+    if what.startswith(arena.PROBLEM):
+        print(what, flush=True)
+    elif sys.stdout.isatty():
         print(f"\r{done} of {total}: {what[:60]:60}", end="" if done < total else "\n", flush=True)
     elif done % 20 == 0 or done == total:
         print(f"{done} of {total}", flush=True)

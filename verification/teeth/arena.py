@@ -36,7 +36,8 @@ LIMIT = 600
 # And with one, than this: so many times as long, and some seconds more.
 LIMIT_FACTOR, LIMIT_SECONDS = 8, 10
 
-Report = Callable[[int, int, str], None]  # done, total, the last one's id
+PROBLEM = "no answer"
+Report = Callable[[int, int, str], None]  # done, total, the last one's id or its PROBLEM
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Answer:
         status: ALIVE or KILLED.
         by: the failing test, or what else ended it.
         named: (operator, tap, layer), where the suite names one.
-        levels: where verify failed, in its own words.
+        levels: where verify failed, in its own words; of properties, the tests that failed.
     """
 
     label: str
@@ -123,19 +124,28 @@ def run(
     Raises:
         CatalogueError: an edit does not apply.
         BuildError: the unmutated tree does not compile, or a fault made by hand does not.
-        TeethError: a check fails on the unmutated tree, or gives no answer.
+        TeethError: checks fail on the unmutated tree, or give no answer; all are named, when all
+            that does not need them is done.
     """
     results: list[Result] = []
+    problems: list[str] = []
     with _arena(root, device, jobs, cache) as arena, ThreadPoolExecutor(jobs) as pool:
         waiting = [pool.submit(arena.try_one, each) for each in planted]
         try:
-            for future in waiting:
-                results.append(future.result())
+            for number, (each, future) in enumerate(zip(planted, waiting, strict=True), start=1):
+                what = each.id
+                try:
+                    results.append(future.result())
+                except TeethError as error:
+                    problems.append(str(error))
+                    what = f"{PROBLEM}: {each.id}: {error}"
                 if report is not None:
-                    report(len(results), len(planted), results[-1].id)
+                    report(number, len(planted), what)
         finally:
             for future in waiting:
                 future.cancel()
+    if problems:
+        raise TeethError("\n".join(dict.fromkeys(problems)))
     return results
 
 
@@ -174,6 +184,7 @@ class _Arena:
         self._pristine: Tree | None = None
         self._lock = Lock()
         self._control_locks: dict[Check, Lock] = {}
+        self._bad_controls: dict[Check, TeethError] = {}
 
     def try_one(self, planted: Planted) -> Result:
         """Everything that is asked of one fault, from the cache as far as it goes."""
@@ -237,13 +248,23 @@ class _Arena:
         with lock:
             found = self._cache.get(key)
             if found is None:
-                pristine = self._unmutated()
-                found = self._servers.ask(pristine, pristine, check, LIMIT)
-                if found["status"] != ALIVE:
-                    why = f"{found['by']}: {found['why']}"
-                    raise TeethError(f"{check.label} fails without a fault: {why}")
+                if check in self._bad_controls:
+                    raise self._bad_controls[check]
+                try:
+                    found = self._ask_control(check)
+                except TeethError as error:
+                    self._bad_controls[check] = error
+                    raise
                 self._cache.put(key, found)
             return found
+
+    def _ask_control(self, check: Check) -> dict[str, Any]:
+        pristine = self._unmutated()
+        found = self._servers.ask(pristine, pristine, check, LIMIT)
+        if found["status"] != ALIVE:
+            why = f"{found['by']}: {found['why']}"
+            raise TeethError(f"{check.label} fails without a fault: {why}")
+        return found
 
     def _plant(self, planted: Planted) -> tuple[Tree, str]:
         name = hashlib.sha256(planted.id.encode()).hexdigest()[:16]

@@ -32,7 +32,7 @@ LEVEL_OF_TESTS = {
     "tests/model": "layer",
 }
 
-VERIFY, BITS, TESTS = "verify", "bits", "tests"
+VERIFY, BITS, TESTS, PROPERTIES = "verify", "bits", "tests", "properties"
 GPU_MARK = "gpu and not slow"  # tests that need a device, and no others
 
 
@@ -41,7 +41,7 @@ class Check:
     """One thing that is asked of a planted tree.
 
     Args:
-        kind: VERIFY, BITS or TESTS.
+        kind: VERIFY, BITS, TESTS or PROPERTIES.
         label: its column of the matrix.
         arguments: those of verification.teeth.fork_server.
     """
@@ -60,7 +60,7 @@ class Check:
     @property
     def level(self) -> str:
         """The level at which it finds; verify tells its own, this is its lowest."""
-        if self.kind == TESTS:
+        if self.kind in (TESTS, PROPERTIES):
             return LEVEL_OF_TESTS.get("/".join(self.label.split("/")[:2]), "system")
         return "operator" if self.kind == VERIFY else "system"
 
@@ -100,12 +100,18 @@ OTHER_TESTS = {
     "engine/sampling_struct": "tests/engine/test_sampling.py",
     "engine/sequence": "tests/engine/test_scheduler.py",
 }
+# What runs no C: no fault of the library can show there.
+WITHOUT_LIBRARY = (
+    "tests/system/test_llama3_tokenizer.py",
+    "tests/system/test_small_scope.py",
+    "tests/system/test_trace.py",
+)
 KERNEL_TESTS = {
     "argmax": ("tests/kernels/test_bits_argmax.py",),
     "attention": ("tests/kernels/test_bits_attention.py",),
     "embedding": ("tests/kernels/test_bits_copies.py",),
-    "gather_rows": ("tests/kernels/test_bits_copies.py",),
-    "kv_cache": ("tests/kernels/test_bits_copies.py", "tests/kernels/test_bits_attention.py"),
+    "gather_rows": ("tests/kernels/test_bits_gather_rows.py",),
+    "kv_cache": ("tests/kernels/test_bits_kv_cache.py", "tests/kernels/test_bits_attention.py"),
     "linear": ("tests/kernels/test_bits_linear.py", "tests/kernels/test_bits_fused_linear.py"),
     "gated_linear": ("tests/kernels/test_bits_fused_linear.py",),
     "qkv_linear": ("tests/system/test_fused_prefill.py",),
@@ -153,6 +159,8 @@ def for_generated(file: str, device: str, root: Path) -> tuple[Check, ...]:
     of_c = file.startswith("csrc/")
     folders = ("twin", "model", "runtime", "system") if of_c else ("engine", "system")
     wide = [path for folder in folders for path in _test_files(f"tests/{folder}", root)]
+    if of_c:
+        wide = [path for path in wide if path not in WITHOUT_LIBRARY]
     asked = tuple(tests(path) for path in dict.fromkeys([*own, *wide]))
     return (verify(), *asked) if of_c else (*asked, verify())
 

@@ -6,7 +6,7 @@ project code comes from the tree under test alone. What crashes, hangs or never 
 an answer like any other. Knows trees and checks; knows nothing of faults.
 
 Arguments the core it is bound to, and "torch" where a check may want that.
-Request   {"tree", "pristine", "check": {"kind": "verify" | "bits" | "tests", ...}, "cpu"}
+Request   {"tree", "pristine", "check": {"kind": a key of CHECKS, ...}, "cpu"}
 Answer    {"status": "killed" | "alive" | "broken", "by", "why", "named", "levels", "seconds",
            "cpu"}
 """
@@ -25,6 +25,9 @@ GRACE_SECONDS = 2  # between the processor limit's polite signal and its end
 # innocent.
 IDLE_SECONDS = 60
 LOOK_SECONDS = 5
+FINDS = "--hypothesis-profile=mutants"  # finds, does not shrink
+MOST_CASES = 4  # of each test of a property
+MOST_GPU_CASES = 16  # of each test that holds kernels to the twin
 NO_TESTS = 5  # pytest's exit status where the marks leave none
 
 
@@ -182,8 +185,14 @@ def _tests(request: dict, tests: list[str], marks: str) -> dict:
     """Some of the tree's own tests, up to the first that fails; on a GPU none may be skipped."""
     import pytest
 
+    is_gpu = marks.startswith("gpu")
+
     class Recorder:
         passed, skipped, failed, why = 0, 0, "", ""
+
+        def pytest_collection_modifyitems(self, items):
+            if is_gpu:  # the twin computes what is expected: all cases take minutes of one core
+                items[:] = _a_few_of_each(items, MOST_GPU_CASES)
 
         def pytest_runtest_logreport(self, report):
             if report.failed and not self.failed:
@@ -196,14 +205,58 @@ def _tests(request: dict, tests: list[str], marks: str) -> dict:
                 self.failed, self.why = f"{report.nodeid} (import)", _last_line(report)
 
     recorder = Recorder()
-    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-m", marks]
+    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-m", marks, FINDS]
     status = pytest.main([*options, f"--rootdir={request['tree']}", *tests], plugins=[recorder])
     if recorder.failed:
         return {"status": "killed", "by": recorder.failed, "why": recorder.why[:300]}
-    if status in (0, NO_TESTS) and not (recorder.skipped and marks.startswith("gpu")):
+    if status in (0, NO_TESTS) and not (recorder.skipped and is_gpu):
         return {"status": "alive", "by": "tests" if recorder.passed else "no test of these marks"}
     counts = f"{recorder.passed} passed, {recorder.skipped} skipped"
     return {"status": "broken", "why": f"pytest left with {int(status)}, {counts}"}
+
+
+def _properties(request: dict, path: str, names: list[str]) -> dict:
+    """Some tests of a file, a few cases of each, all that fail."""
+    import pytest
+
+    class Chooser:
+        passed, failed = 0, set()
+
+        def pytest_collection_modifyitems(self, items):
+            mine = [item for item in items if item.originalname in names]
+            items[:] = _a_few_of_each(mine, MOST_CASES)
+
+        def pytest_runtest_logreport(self, report):
+            self.passed += report.when == "call" and report.passed
+            if report.failed:
+                self.failed.add(report.nodeid.partition("[")[0].rpartition("::")[2])
+
+    chooser = Chooser()
+    options = ["-q", "--no-header", "-p", "no:cacheprovider", "-m", "not slow and not gpu", FINDS]
+    status = pytest.main([*options, f"--rootdir={request['tree']}", path], plugins=[chooser])
+    if chooser.failed:
+        return {"status": "killed", "by": path, "levels": sorted(chooser.failed)}
+    if status == 0 and chooser.passed:
+        return {"status": "alive", "by": "properties"}
+    if status == 2:  # nothing could be collected: the tree does not even import
+        return {"status": "killed", "by": "import", "levels": names}
+    return {"status": "broken", "why": f"pytest left with {int(status)}, {chooser.passed} passed"}
+
+
+def _a_few_of_each(items: list, most: int) -> list:
+    """So many cases of each test, in their order."""
+    cases = {}
+    for item in items:
+        cases.setdefault((item.path, item.originalname), []).append(item)
+    kept = {id(item) for of_one in cases.values() for item in _spread(of_one, most)}
+    return [item for item in items if id(item) in kept]
+
+
+def _spread(cases: list, most: int) -> list:
+    """So many of them, the first and the last among them."""
+    if len(cases) <= most:
+        return cases
+    return [cases[i * (len(cases) - 1) // (most - 1)] for i in range(most)]
 
 
 def _last_line(report: object) -> str:
@@ -211,7 +264,7 @@ def _last_line(report: object) -> str:
     return lines[0][2:].strip() if lines else str(report.longrepr).strip().splitlines()[-1]
 
 
-CHECKS = {"verify": _verify, "bits": _bits, "tests": _tests}
+CHECKS = {"verify": _verify, "bits": _bits, "tests": _tests, "properties": _properties}
 
 if __name__ == "__main__":
     main()

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
-from verification.teeth.checks import TESTS, Check
+from verification.teeth.checks import PROPERTIES, TESTS, Check
 from verification.teeth.plan import Planted
 
 PRODUCT = ("csrc", "engine", "verification", "golden")
@@ -37,8 +37,8 @@ class Keys:
         """Of what a check says of a fault; None: of the tree without one."""
         edit = None if planted is None else asdict(planted.edit)
         tested = ""
-        if check.kind == TESTS:
-            paths = tuple(test.partition("::")[0] for test in check.request["tests"])
+        if check.kind in (TESTS, PROPERTIES):
+            paths = (check.label.partition("::")[0],)
             tested = self._hash(paths) + self._hash(("tests/",))
         return _sha256("answer", self._hash(PRODUCT), tested, edit, check.request)
 

@@ -1,0 +1,116 @@
+from dataclasses import replace
+
+import pytest
+
+from verification.mutants.catalogue import load_catalogue
+from verification.teeth import fork_server
+from verification.teeth.arena import ALIVE, KILLED, Answer, Result
+from verification.teeth.plan import from_mutant
+from verification.teeth.properties import (
+    PAGE,
+    Property,
+    checks_of,
+    chosen,
+    found_by,
+    read_page,
+    record_of,
+    with_findings,
+)
+
+ROWS = """# Properties
+
+| | property | | tests |
+|---|---|---|---|
+| 1 | the same again | B | `twin/a.py::test_a`, `system/b.py::test_b` |
+| 2, 3 | a row alone | B | `twin/a.py::test_c` |
+| 26 | the twin is the GPU | B | `kernels/g.py::test_g` |
+"""
+ONE, TWO = (
+    Property(
+        "1", "the same again", (("tests/twin/a.py", "test_a"), ("tests/system/b.py", "test_b"))
+    ),
+    Property("2, 3", "a row alone", (("tests/twin/a.py", "test_c"),)),
+)
+
+
+def answer(path: str, *failed: str, status: str = KILLED) -> Answer:
+    return Answer(path, status, "", "", None, failed, 1.0)
+
+
+def result(name: str, *answers: Answer) -> Result:
+    return Result(name, "ok", answers)
+
+
+def test_the_page_is_read_and_what_needs_a_device_is_left_to_its_lane():
+    assert read_page(ROWS) == [ONE, TWO]
+    assert [c.request for c in checks_of([ONE, TWO])] == [
+        {"kind": "properties", "path": "tests/twin/a.py", "names": ["test_a", "test_c"]},
+        {"kind": "properties", "path": "tests/system/b.py", "names": ["test_b"]},
+    ]
+
+
+def test_every_property_of_the_page_that_a_cpu_can_show_is_asked():
+    numbers = [n for each in read_page(PAGE.read_text()) for n in each.number.split(", ")]
+
+    assert numbers == [str(n) for n in range(1, 27) if n != 23]
+
+
+def test_a_property_finds_a_fault_by_any_of_its_tests():
+    alive = answer("tests/twin/a.py", status=ALIVE)
+    found = found_by(
+        [ONE, TWO],
+        [
+            result("first", alive, answer("tests/system/b.py", "test_b")),
+            result("both", answer("tests/twin/a.py", "test_a", "test_c")),
+            result("none", alive),
+        ],
+    )
+
+    assert found == {"first": ["1"], "both": ["1", "2, 3"], "none": []}
+
+
+def test_a_crash_fails_every_test_of_its_file():
+    assert found_by([ONE, TWO], [result("x", answer("tests/twin/a.py"))]) == {"x": ["1", "2, 3"]}
+
+
+@pytest.fixture
+def record():
+    first = from_mutant(load_catalogue()[0])
+    planted = [replace(first, id=name) for name in ("first", "both", "none")]
+    found = {"first": ["1"], "both": ["1", "2, 3"], "none": []}
+    return record_of([ONE, TWO], planted, found, 1.0)
+
+
+def test_what_only_one_property_finds_is_counted_for_it(record):
+    by_property, unseen = record.tables
+
+    assert [score.hits for score in record.scores] == [2, 1]
+    assert by_property.rows == (
+        ("1", "the same again", 2, 1, "first"),
+        ("2, 3", "a row alone", 1, 0, "none"),
+    )
+    assert [row[0] for row in unseen.rows] == ["none"]
+
+
+def test_the_pages_section_is_made_anew_each_time_and_names_no_further_property(record):
+    page = with_findings(ROWS, record)
+
+    assert page.startswith(ROWS.rstrip())
+    assert "| no. 1 | 2 | first |\n| no. 2, 3 | 1 | none |" in page
+    assert with_findings(page, record) == page
+    assert read_page(page) == [ONE, TWO]
+
+
+def test_the_faults_are_those_of_the_museum_and_a_part_of_the_others():
+    some, every = chosen(4), chosen(1)
+
+    assert {each.id for each in some} < {each.id for each in every}
+    assert not any(each.is_legal for each in every)
+    assert any(each.id.startswith("museum-") for each in some)
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(1, [0]), (4, [0, 1, 2, 3]), (5, [0, 1, 2, 4]), (30, [0, 9, 19, 29])]
+)
+def test_a_few_cases_are_spread_over_all(count: int, expected: list[int]):
+    assert fork_server._spread(list(range(count)), 4) == expected

@@ -65,7 +65,9 @@ class OperatorGrader:
             grader.grade(runs)
             return grader
 
-        for layer, graded in enumerate(in_order(work, range(self._config.num_layers))):
+        layers = range(self._config.num_layers)
+        # The last layer brings the logits: as much work as several layers.
+        for layer, graded in enumerate(in_order(work, layers, longest=layers[-1:])):
             self.cells += graded.cells
             for finding in graded.findings:
                 self._findings.add(finding)

@@ -9,6 +9,10 @@
 
 #include "tensor_core.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 enum {
     FRACTION_BITS = 25,  // below the largest exponent, kept of every term
     BF16_BIAS = 127,
@@ -199,26 +203,24 @@ static float step_lane(float c, const float *a_value, const Panel *panel, int la
 // Rows are taken in blocks, so that one look tells whether any lane of the block must go the long way.
 enum { BLOCK_ROWS = 8 };
 
+#define ROUTE portable
 #define LANES 8
+#define TARGET
 #include "tensor_core_lanes.h"
-#undef LANES
 
 #if defined(__x86_64__)
-__attribute__((target("avx2"))) static void step_rows_avx2(float *c, int c_stride, const float *a_value,
-                                                           const int32_t *a_exponent, int a_stride,
-                                                           int num_rows, const Panel *panel) {
-    step_rows_8(c, c_stride, a_value, a_exponent, a_stride, num_rows, panel);
-}
-
-#define LANES 16
+#define ROUTE avx2
+#define LANES 8
+#define TARGET __attribute__((target("avx2")))
+#define LARGER(x, y) ((Ints)_mm256_max_epi32((__m256i)(x), (__m256i)(y)))
 #include "tensor_core_lanes.h"
-#undef LANES
 
-__attribute__((target(AVX512))) static void step_rows_avx512(float *c, int c_stride, const float *a_value,
-                                                             const int32_t *a_exponent, int a_stride,
-                                                             int num_rows, const Panel *panel) {
-    step_rows_16(c, c_stride, a_value, a_exponent, a_stride, num_rows, panel);
-}
+#define ROUTE avx512
+#define LANES 16
+#define TARGET __attribute__((target(AVX512)))
+#define LARGER(x, y) ((Ints)_mm512_max_epi32((__m512i)(x), (__m512i)(y)))
+#define CUT(x) ((Floats)_mm512_cvt_roundepi32_ps((__m512i)(x), _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC))
+#include "tensor_core_lanes.h"
 #endif
 
 void tensor_core_step_rows(float *c, int c_stride, const float *a_value, const int32_t *a_exponent,
@@ -233,5 +235,5 @@ void tensor_core_step_rows(float *c, int c_stride, const float *a_value, const i
         return;
     }
 #endif
-    step_rows_8(c, c_stride, a_value, a_exponent, a_stride, num_rows, panel);
+    step_rows_portable(c, c_stride, a_value, a_exponent, a_stride, num_rows, panel);
 }

@@ -1,30 +1,55 @@
 // tensor_core_lanes.h -- one step of many rows, LANES outputs of each at a time.
 //
-// Included by tensor_core.c once per vector width, with LANES defined; each name here carries the width.
-// GCC and Clang lower the types to what the target has: 8 lanes are one AVX2 register, or two of SSE2 or
-// NEON; 16 are one of AVX-512.
+// Included by tensor_core.c once per route, with these defined; each name here carries the route's.
+//
+// ROUTE     what the names end in
+// LANES     8: one AVX2 register, or two of SSE2 or NEON; 16: one of AVX-512
+// TARGET    the attribute of the instructions it may use
+// LARGER    the target's own maximum of two Ints, where compilers would take a comparison and a choice
+// CUT       the target's own conversion to float toward zero, where it has one
 
-#define JOINED_(name, lanes) name##_##lanes
-#define JOINED(name, lanes) JOINED_(name, lanes)
-#define Floats JOINED(Floats, LANES)
-#define Ints JOINED(Ints, LANES)
-#define Words JOINED(Words, LANES)
-#define max_into JOINED(max_into, LANES)
-#define step_row JOINED(step_row, LANES)
-#define step_rows JOINED(step_rows, LANES)
+#define JOINED_(name, route) name##_##route
+#define JOINED(name, route) JOINED_(name, route)
+#define Floats JOINED(Floats, ROUTE)
+#define Ints JOINED(Ints, ROUTE)
+#define Words JOINED(Words, ROUTE)
+#define max_into JOINED(max_into, ROUTE)
+#define cut_to_24_bits JOINED(cut_to_24_bits, ROUTE)
+#define step_row JOINED(step_row, ROUTE)
+#define step_rows JOINED(step_rows, ROUTE)
 
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef uint32_t Words __attribute__((vector_size(LANES * 4)));  // for sums that may wrap
 
-ALWAYS_INLINE void max_into(Ints *largest, const Ints *x) {
+TARGET ALWAYS_INLINE void max_into(Ints *largest, const Ints *x) {
+#ifdef LARGER
+    *largest = LARGER(*largest, *x);
+#else
     Ints greater = *x > *largest;
     *largest = (*x & greater) | (*largest & ~greater);
+#endif
+}
+
+TARGET ALWAYS_INLINE Floats cut_to_24_bits(Ints total) {
+#ifdef CUT
+    return CUT(total);
+#else
+    // Clear as many low bits as the magnitude has above its 24th.
+    Ints sign = total >> 31;
+    Ints magnitude = (total ^ sign) - sign;
+    Ints excess = magnitude >> 24;
+    excess |= excess >> 1;
+    excess |= excess >> 2;
+    excess |= excess >> 4;
+    magnitude &= ~excess;
+    return __builtin_convertvector((magnitude ^ sign) - sign, Floats);
+#endif
 }
 
 // One row of LANES outputs; lanes that the fast route cannot serve come back negative in the result.
-ALWAYS_INLINE Ints step_row(float *c_row, const float *a, const int32_t *ea, const Panel *panel,
-                            int first_lane) {
+TARGET ALWAYS_INLINE Ints step_row(float *c_row, const float *a, const int32_t *ea, const Panel *panel,
+                                   int first_lane) {
     const Ints one = (Ints){0} + 1;
     Floats c;
     Ints largest;
@@ -54,23 +79,15 @@ ALWAYS_INLINE Ints step_row(float *c_row, const float *a, const int32_t *ea, con
     Ints cut_c = __builtin_convertvector(c * scale, Ints);
     Ints total = (Ints)((Words)sum + (Words)cut_c);
     unserved |= (sum ^ total) & (cut_c ^ total);
-    // Cut to 24 significant bits: clear as many low bits as the magnitude has above its 24th.
-    Ints sign = total >> 31;
-    Ints magnitude = (total ^ sign) - sign;
-    Ints excess = magnitude >> 24;
-    excess |= excess >> 1;
-    excess |= excess >> 2;
-    excess |= excess >> 4;
-    magnitude &= ~excess;
     Ints result_scale_bits = (largest - (BF16_BIAS + FRACTION_BITS)) << 23;  // 2^(e - 25)
     Floats result_scale;
     memcpy(&result_scale, &result_scale_bits, sizeof result_scale);
-    Floats d = __builtin_convertvector((magnitude ^ sign) - sign, Floats) * result_scale;
+    Floats d = cut_to_24_bits(total) * result_scale;
     memcpy(c_row, &d, sizeof d);
     return unserved;
 }
 
-ALWAYS_INLINE void step_rows(float *c, int c_stride, const float *a_value, const int32_t *a_exponent,
+TARGET static void step_rows(float *c, int c_stride, const float *a_value, const int32_t *a_exponent,
                              int a_stride, int num_rows, const Panel *panel) {
     for (int first = 0; first < num_rows; first += BLOCK_ROWS) {
         int block_rows = num_rows - first < BLOCK_ROWS ? num_rows - first : BLOCK_ROWS;
@@ -104,5 +121,11 @@ ALWAYS_INLINE void step_rows(float *c, int c_stride, const float *a_value, const
 #undef Ints
 #undef Words
 #undef max_into
+#undef cut_to_24_bits
 #undef step_row
 #undef step_rows
+#undef ROUTE
+#undef LANES
+#undef TARGET
+#undef LARGER
+#undef CUT

@@ -1,9 +1,12 @@
+import time
+
 import numpy as np
 import pytest
 import torch
 
 from engine.bindings import Library
 from engine.models import resolve
+from tests.benchmarks import test_bench_gpu
 from tests.benchmarks.contestants import Touchstone, agreement, prompts_of, room_for
 from tests.benchmarks.peers.hugging_face import CompiledTransformers, Transformers
 from tests.benchmarks.peers.torch_graph import TorchGraph
@@ -96,3 +99,26 @@ def test_agreement_counts_first_tokens_alone():
     found, expected = np.array([[1, 2], [9, 9]]), np.array([[1, 3], [0, 0]])
 
     assert agreement(found, expected) == 0.5
+
+
+def test_a_peer_that_fails_is_told_and_the_others_are_ready(monkeypatch):
+    class Peer:
+        def __init__(self, name: str, fails: bool = False) -> None:
+            self.name, self.fails = name, fails
+
+        def prepare(self, point: Point, prompts: np.ndarray) -> None:
+            if self.fails:
+                raise RuntimeError("no room\nand more")
+
+        def run(self) -> None:
+            pass
+
+    monkeypatch.setattr(test_bench_gpu.gpu, "clock", time.perf_counter)
+    point = Point("decode", 2, 17, 1.0)
+    peers = [Peer("one"), Peer("two", fails=True), Peer("with torch.compile")]
+
+    ready, missing = test_bench_gpu._prepare(peers, point, prompts_of(point, 256))
+
+    assert [peer.name for peer in ready] == ["one"] and all(s >= 0 for s in ready.values())
+    assert missing["two"] == "RuntimeError: no room"
+    assert missing["with torch.compile"].startswith("compiled for decode B=1, 128, ")

@@ -14,7 +14,7 @@ from verification.evidence import EVIDENCE, Evidence, EvidenceError, Score, Tabl
 
 PAGE = EVIDENCE.parent / "evidence.md"
 
-# In this order; a record of another name comes after them, by name.
+# In this order, each with what its name begins; a record of another name comes after them.
 SECTIONS = ("teeth-cpu", "teeth-gpu", "localisation", "diagnosis", "false-alarms", "metamorphic")
 
 HEADING = """# Evidence
@@ -65,8 +65,8 @@ def render(records: Sequence[Evidence]) -> str:
 
 
 def _place(record: Evidence) -> tuple[int, str]:
-    known = record.name in SECTIONS
-    return (SECTIONS.index(record.name) if known else len(SECTIONS), record.name)
+    known = [i for i, name in enumerate(SECTIONS) if record.name.startswith(name)]
+    return (known[0] if known else len(SECTIONS), record.name)
 
 
 def _overview(records: Sequence[Evidence]) -> str:

@@ -183,6 +183,8 @@ class TestTheMatrix:
 
         made = record([row(of_catalogue(), killed)], (), (), 1, CPU, 0.0)
 
+        assert (made.name, made.title) == ("teeth-cpu-hand", "Kill matrix, CPU lane: hand")
+        assert made.command == 'make teeth ARGS="--groups hand --record"'
         assert made.tables[0].title == "Not run"
         assert made.tables[0].rows == ((MUSEUM,), (GENERATED,))
 

@@ -3,7 +3,7 @@
 Knows rows and words; what counts is matrix.py's, what the page looks like evidence_page.py's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from verification.evidence import Evidence, Score, Table, evidence
 from verification.mutants.faults import GPU
@@ -33,21 +33,27 @@ def record(
     seconds: float,
     gpu: str | None = None,
 ) -> Evidence:
-    """The record of one lane."""
+    """The record of one lane; one of some groups carries their names."""
+    asked = dict.fromkeys(row.planted.group for row in rows)
     by_group = {
         group: Tally(tuple(row for row in rows if row.planted.group == group))
         for group in (CATALOGUE, MUSEUM, GENERATED)
     }
+    is_part = len(asked) < len(by_group)
     return evidence(
-        f"teeth-{device}",
-        f"Kill matrix, {device.upper()} lane",
+        "-".join((f"teeth-{device}", *(asked if is_part else ()))),
+        f"Kill matrix, {device.upper()} lane" + (f": {', '.join(asked)}" if is_part else ""),
         QUESTION.format(levels=", ".join(LEVELS)),
-        "make teeth" + (" DEVICE=cuda" if device == GPU else ""),
+        "make teeth" + (" DEVICE=cuda" if device == GPU else "") + _arguments(asked, is_part),
         tuple(_scores(by_group, num_controls)),
         tuple(_tables(by_group, exhibits, equivalents)),
         seconds,
         gpu,
     )
+
+
+def _arguments(asked: Iterable[str], is_part: bool) -> str:
+    return f' ARGS="--groups {",".join(asked)} --record"' if is_part else ""
 
 
 def _scores(by_group: dict[str, Tally], num_controls: int):
@@ -81,7 +87,7 @@ def _tables(
     by_group: dict[str, Tally], exhibits: Sequence[Exhibit], equivalents: Sequence[Equivalent]
 ):
     if missing := [group for group, tally in by_group.items() if not tally.rows]:
-        note = "No share of these is claimed: make teeth runs them."
+        note = "No share of these is claimed here."
         yield Table("Not run", ("group",), tuple((group,) for group in missing), note)
     if by_group[MUSEUM].rows:
         yield _museum(by_group[MUSEUM].rows, exhibits)

@@ -141,19 +141,20 @@ extern "C" int cuda_decode_max_seqs(void) {
 
 // A thread keeps one element of the residual stream: a card, or a slice of one, needs this many
 // multiprocessors.
-static bool enough_multiprocessors(int hidden_size) {
-    int blocks = 0;
-    if (num_multiprocessors(&blocks) != STATUS_OK || blocks < 1 || blocks > (int)kMaxBlocks) return false;
+static bool are_enough(int num_blocks, int hidden_size) {
+    if (num_blocks < 1 || num_blocks > (int)kMaxBlocks) return false;
     int units = (hidden_size + kUnitRows - 1) / kUnitRows;
-    return (units + blocks - 1) / blocks * kOutputs <= kConsumers;
+    return (units + num_blocks - 1) / num_blocks * kOutputs <= kConsumers;
 }
 
-extern "C" size_t cuda_decode_workspace_bytes(const DecodeProblem *p) {
-    if (!enough_multiprocessors(p->hidden_size) || p->hidden_size > kMaxHidden ||
-        p->intermediate_size > kMaxIntermediate || p->num_heads / p->num_kv_heads > kMaxGroup ||
-        p->num_layers > kMaxLayers)
-        return 0;
-    return step_workspace_bytes(p) + batch_workspace_bytes(*p);
+extern "C" Status cuda_decode_workspace_bytes(size_t *bytes, const DecodeProblem *p) {
+    int num_blocks = 0;
+    TRY(num_multiprocessors(&num_blocks));
+    bool is_served = are_enough(num_blocks, p->hidden_size) && p->hidden_size <= kMaxHidden &&
+                     p->intermediate_size <= kMaxIntermediate &&
+                     p->num_heads / p->num_kv_heads <= kMaxGroup && p->num_layers <= kMaxLayers;
+    *bytes = is_served ? step_workspace_bytes(p) + batch_workspace_bytes(*p) : 0;
+    return STATUS_OK;
 }
 
 extern "C" Status cuda_decode_step(const DecodeProblem *problem, const BatchIndex *batch, int advance,

@@ -264,7 +264,7 @@ typedef struct DecodeProblem {
 } DecodeProblem;
 
 // Bytes that decode_step needs, or 0 where it does not serve such a model.
-typedef size_t DecodeWorkspaceBytes(const DecodeProblem *problem);
+typedef Status DecodeWorkspaceBytes(size_t *bytes, const DecodeProblem *problem);
 typedef Status OpenDecodeGraphs(DecodeGraphs **graphs);
 typedef void CloseDecodeGraphs(DecodeGraphs *graphs);  // null allowed
 typedef int DecodeMaxSeqs(void);                       // most sequences of a step that decode_step takes

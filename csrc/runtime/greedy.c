@@ -33,7 +33,8 @@ Status prepare_decode(Engine *e) {
         .logits = a->logits,
         .next_ids = a->next_ids,
     };
-    size_t bytes = m->kernels->decode_workspace_bytes(&problem);
+    size_t bytes = 0;
+    TRY(m->kernels->decode_workspace_bytes(&bytes, &problem));
     if (bytes == 0) return STATUS_OK;
     // Once, though a call that failed is repeated.
     if (!e->decode_workspace) TRY(allocate(e, &e->decode_workspace, bytes, &e->workspace_bytes));

@@ -47,13 +47,13 @@ RESULTS = {
     "sanitizers": (BUILD / "sanitize.json", [sys.executable, "-m", "verification.sanitizers"]),
     "benchmarks": (BUILD / "bench.json", ["make", "VENV=system", "bench-gpu"]),
 }
-# The tests marked gpu, in processes side by side: the one that keeps every core busy, the others.
-MODEL_TESTS = "tests/kernels/test_bits_models.py"
-WHOLE_STEPS = "attention or decode or step or repeats"
+# The tests marked gpu, in processes side by side: whole models, which keep every core busy; whole
+# steps; single operations; what does not need the twin.
+KERNEL_TESTS = ("models or many_sequences", "attention or decode or step or repeats")
 GPU_TESTS = (
-    (MODEL_TESTS,),
-    ("tests/kernels", f"--ignore={MODEL_TESTS}", "-k", WHOLE_STEPS),
-    ("tests/kernels", f"--ignore={MODEL_TESTS}", "-k", f"not ({WHOLE_STEPS})"),
+    ("tests/kernels", "-k", KERNEL_TESTS[0]),
+    ("tests/kernels", "-k", f"not ({KERNEL_TESTS[0]}) and ({KERNEL_TESTS[1]})"),
+    ("tests/kernels", "-k", f"not ({' or '.join(KERNEL_TESTS)})"),
     ("tests/system", "tests/runtime"),
 )
 CARD_FIELDS = {
@@ -140,7 +140,7 @@ def run_kernel_tests() -> dict:
     with ThreadPoolExecutor() as pool:
         said = list(pool.map(run, GPU_TESTS, reports))
     for words, report, last in zip(GPU_TESTS, reports, said, strict=True):
-        print(f"  tests: {words[0]}: {last}", flush=True)
+        print(f"  tests: {words[-1]}: {last}", flush=True)
         if not report.exists():
             return {"status": "not run", "reason": f"pytest wrote no report: {last}"}
     return count_tests([report.read_text(encoding="utf-8") for report in reports])

@@ -22,10 +22,16 @@ class Sequences:
         lengths: tokens of each prompt; 0: a prompt that is still to come.
         growth: tokens by which each may grow.
         seed: of tokens and blocks; engines given the same one hold the same sequences.
+        cached: bf16 bits that stand for every cached key and value; None: prompts are prefilled.
     """
 
     def __init__(
-        self, runner: ModelRunner, lengths: Sequence[int], growth: int, seed: int = 1
+        self,
+        runner: ModelRunner,
+        lengths: Sequence[int],
+        growth: int,
+        seed: int = 1,
+        cached: int | None = None,
     ) -> None:
         self.runner, self.lengths = runner, tuple(lengths)
         self.block_size = runner.engine_config.block_size
@@ -39,7 +45,9 @@ class Sequences:
             count = -(-(length + growth) // self.block_size)
             self.tables.append(blocks[start : start + count].tolist())
             start += count
-            if length:
+            if cached is not None:
+                runner.fill_blocks(self.tables[-1], cached)
+            elif length:
                 ids = random.integers(0, runner.config.vocab_size, length).tolist()
                 part = SequenceSlice(ids, 0, self.tables[-1])
                 runner.forward(build_batch([part], self.block_size, "none"))

@@ -229,6 +229,14 @@ class TestCounting:
         assert count_tests([self.xml(3), self.xml(*counts)])["status"] == "not run"
 
 
+def test_the_processes_share_the_kernel_tests_without_a_gap():
+    one, two = (f"({words})" for words in record_gpu.KERNEL_TESTS)
+    chosen = [words[2] for words in record_gpu.GPU_TESTS if words[0] == "tests/kernels"]
+
+    # With A and B the two expressions: A; not A and B; not (A or B).
+    assert chosen == [one[1:-1], f"not {one} and {two}", f"not ({one[1:-1]} or {two[1:-1]})"]
+
+
 def test_every_test_marked_gpu_is_run_for_the_record():
     words = {word for words in record_gpu.GPU_TESTS for word in words}
     folders = {word for word in words if word.startswith("tests/")}
@@ -241,9 +249,11 @@ def test_every_test_marked_gpu_is_run_for_the_record():
 
     missed = {path for path in marked if not any(Path(f) in (path, *path.parents) for f in folders)}
 
-    assert {record_gpu.WHOLE_STEPS, f"not ({record_gpu.WHOLE_STEPS})"} <= words
     assert all((root / folder).exists() for folder in folders)
-    assert missed == {Path("tests/benchmarks/test_bench_gpu.py")}  # a part of its own
+    assert missed == {  # the record's other parts
+        Path("tests/benchmarks/test_bench_gpu.py"),
+        Path("tests/verification/sanitizers/test_races.py"),
+    }
 
 
 def test_a_result_of_another_source_is_never_taken(tmp_path: Path, monkeypatch):

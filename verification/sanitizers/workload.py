@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -19,15 +20,28 @@ from engine.batch import Batch, SequenceSlice, build_batch
 from engine.bindings import Library, Tap, TapPoint
 from engine.config import EngineConfig
 from engine.model_runner import ModelRunner
-from engine.models import resolve
+from engine.models import cache_root, resolve
 from engine.ops import Ops
 from engine.sampling import EDIT, ROW, SamplingBatch
+from engine.sources.shape import resolve_random
 from engine.sources.toy import CONFIGS
 
 NAN, ONE = 0x7FC1, 0x3F80
 TOKENS = (1, 8, 9, 17, 64, 65, 129)  # around the fragments of 8, the strips of 64, the tiles of 128
 # Models whose steps run whole: heads per kv head 2 and 3; an odd vocabulary; long reductions.
 MODELS = ("toy", "toy-gqa3", "toy-untied", "toy-wide")
+# Reductions of 3 to 6 and of 9 chunks, which no toy has: more blocks share them in a step of many.
+LONG_SUMS = {
+    "three-to-six-chunks": replace(
+        CONFIGS["toy"],
+        num_layers=1,
+        hidden_size=1536,
+        num_heads=32,
+        num_kv_heads=8,
+        intermediate_size=3072,
+    ),
+    "nine-chunks": replace(CONFIGS["toy"], num_layers=1, intermediate_size=4608),
+}
 # Of sequences: cached keys around a tile of 128 and a segment of 1024.
 FEW = ((127,), (1030, 0, 16))
 MANY = (12, 33, 70)  # sequences: a part of a tile of 32, more than one, more than one of 64
@@ -61,6 +75,9 @@ def linear_cases(ops: Ops) -> Iterator[Case]:
             yield f"linear, {what}", lambda x=x, w=weight: ops.linear(x, w)
             if rows == 331:
                 yield f"linear_f32, {what}", lambda x=x, w=weight: ops.linear_f32(x, w)
+    for count in (3, 16, 32):  # rounds of chunks: the next one writes what the last may still read
+        x, weight = _bf16(count, 8192), _bf16(64, 8192)
+        yield f"linear, {count} tokens, weight 64 x 8192", lambda x=x, w=weight: ops.linear(x, w)
 
 
 def elementwise_cases(ops: Ops) -> Iterator[Case]:
@@ -141,7 +158,11 @@ def attention_cases(ops: Ops) -> Iterator[Case]:
     """Decode and prefill, blocks in any order."""
     for block_size in (16, 128):
         for group in (1, 4):
-            for runs in ([(126, 1), (127, 1), (128, 1), (1029, 1)], [(0, 130), (120, 9), (0, 1)]):
+            for runs in (
+                [(126, 1), (127, 1), (128, 1), (1029, 1)],
+                [(0, 130), (120, 9), (0, 1)],
+                [(2099, 1), (3, 1)],
+            ):
                 counts = [-(-(start + new) // block_size) for start, new in runs]
                 num_blocks = sum(counts) + 1  # one belongs to nobody
                 blocks = np.random.default_rng(0).permutation(num_blocks).tolist()
@@ -169,7 +190,7 @@ OPERATIONS: dict[str, Callable[[Ops], Iterator[Case]]] = {
     "sampling by mass": lambda ops: _choices(ops, 33, [BY_MASS]),
     "elementwise": elementwise_cases,
 }
-PARTS = (*OPERATIONS, *MODELS)  # each may run in a process of its own
+PARTS = (*OPERATIONS, *MODELS, *LONG_SUMS)  # each may run in a process of its own
 
 
 def model_cases(name: str, runner: ModelRunner) -> Iterator[Case]:
@@ -187,11 +208,7 @@ def model_cases(name: str, runner: ModelRunner) -> Iterator[Case]:
         step = _decode_batch(lengths, _tables(runner, lengths))
         yield f"{name}: decode after {lengths}, a tap", lambda b=step: _tapped(runner, b)
         yield f"{name}: 2 greedy steps after {lengths}", lambda b=step: runner.engine.decode(b, 2)
-    for count in MANY:
-        lengths = (*MANY_LENGTHS, *(MANY_LENGTHS[-1:] * (count - len(MANY_LENGTHS))))
-        step = _decode_batch(lengths, _tables(runner, lengths))
-        what = f"{name}: 2 greedy steps of {count} sequences"
-        yield what, lambda b=step: runner.engine.decode(b, 2)
+    yield from many_cases(name, runner, MANY)
     step = _decode_batch((5, 3), _tables(runner, (5, 3)))
     yield (
         f"{name}: 2 tokens chosen with edits and scores",
@@ -201,6 +218,20 @@ def model_cases(name: str, runner: ModelRunner) -> Iterator[Case]:
     yield f"{name}: read_kv, 40 slots", lambda: runner.read_kv(0, slots)
     weight = "model.layers.0.mlp.down_proj.weight"
     yield f"{name}: read {weight}", lambda: runner.engine.read_weight(weight)
+
+
+def many_cases(name: str, runner: ModelRunner, counts: Sequence[int]) -> Iterator[Case]:
+    """Decode steps of so many sequences."""
+    for count in counts:
+        lengths = (*MANY_LENGTHS, *(MANY_LENGTHS[-1:] * (count - len(MANY_LENGTHS))))
+        step = _decode_batch(lengths, _tables(runner, lengths))
+        what = f"{name}: 2 greedy steps of {count} sequences"
+        yield what, lambda b=step: runner.engine.decode(b, 2)
+
+
+def long_sums_directory(name: str) -> Path:
+    """The directory of a model of LONG_SUMS, generated if the cache does not have it."""
+    return resolve_random(name, LONG_SUMS[name], cache_root(), lambda what, done, total: None)
 
 
 def _ids(runner: ModelRunner, count: int) -> list[int]:
@@ -248,6 +279,9 @@ def main(parts: Sequence[str] = PARTS) -> int:
         if part in OPERATIONS:
             with Ops(library, "cuda") as ops:
                 count += run_cases(OPERATIONS[part](ops))
+        elif part in LONG_SUMS:
+            with ModelRunner(long_sums_directory(part), ROOM, library) as runner:
+                count += run_cases(many_cases(part, runner, MANY[-1:]))
         else:
             with ModelRunner(resolve(part), ROOM, library) as runner:
                 count += run_cases(model_cases(part, runner))

@@ -1,12 +1,15 @@
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from engine.model_runner import ModelRunner
 from engine.ops import Ops
 from tests.kernels.operations import operator_names
 from verification.sanitizers import workload
 
+NUMERICS_CHUNK = 512
 KERNELS = Path(__file__).parents[3] / "csrc" / "kernels"
 
 
@@ -47,3 +50,15 @@ def test_both_kinds_of_prefill_are_run():
     counts = [sum(lengths) for lengths in workload.PROMPTS]
 
     assert min(counts) <= few < max(counts) <= workload.ROOM.max_num_tokens
+
+
+def test_a_models_long_sums_are_run_in_a_step_of_many_sequences(library):
+    chunks = set()
+    for name, config in workload.LONG_SUMS.items():
+        widths = (config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
+        chunks |= {-(-width // NUMERICS_CHUNK) for width in widths}
+        room = replace(workload.ROOM, device="cpu")
+        with ModelRunner(workload.long_sums_directory(name), room, library) as runner:
+            assert workload.run_cases(workload.many_cases(name, runner, (9,))) == 1
+
+    assert {3, 4, 6, 9} <= chunks

@@ -52,7 +52,7 @@ endif
 OBJECTS := $(patsubst csrc/%,build/%.o,$(C_FILES) $(CU_FILES))
 
 .DEFAULT_GOAL := build
-.PHONY: help build verify verify-op test mutants localise false-alarms teeth properties evidence golden record-gpu sanitize lint format clean FORCE
+.PHONY: help build verify verify-op test test-deep mutants localise false-alarms teeth properties evidence golden record-gpu sanitize lint format clean FORCE
 .PHONY: bench bench-gpu bench-compare bench-table
 
 help:  ## this list
@@ -65,7 +65,10 @@ verify: $(LIBRARY) $(PACKAGES)  ## every operator of every layer against transfo
 	@$(PYTHON) -m verification --model "$(MODEL)" --device $(DEVICE) $(ARGS)
 
 test: $(LIBRARY) $(PACKAGES)  ## the tests; TIER=fast leaves out the slow ones
-	$(PYTHON) -m pytest $(if $(filter fast,$(TIER)),-m "not slow") $(ARGS)
+	$(PYTHON) -m pytest $(if $(filter fast,$(TIER)),-m "not slow and not deep") $(ARGS)
+
+test-deep: $(LIBRARY) $(PACKAGES)  ## serving's random and exhaustive tests with many more examples, fresh ones each time
+	$(PYTHON) -m pytest -m deep --hypothesis-profile=deep tests/engine tests/system $(ARGS)
 
 mutants: $(LIBRARY) $(PACKAGES)  ## plant every fault of the catalogue in turn: all must be found and named
 	$(PYTHON) -m verification.mutants $(ARGS)

@@ -37,6 +37,7 @@ class LLM:
         model: a directory, a hub id, or one of `engine.models.model_names()`.
         device: "cuda", "cpu", or "auto": cuda where there is one.
         enable_prefix_caching: whether equal beginnings of prompts are computed once.
+        async_scheduling: whether the next step is prepared while one is computed.
         report: told of long preparations.
         library: a loaded library; by default the one that make builds.
         **room: fields of `engine.room.Room`: max_model_len, max_num_seqs, ...
@@ -52,6 +53,7 @@ class LLM:
         *,
         device: str = "auto",
         enable_prefix_caching: bool = True,
+        async_scheduling: bool = True,
         report: Report | None = None,
         library: Library | None = None,
         **room: object,
@@ -73,6 +75,7 @@ class LLM:
             self.engine_config,
             self.tokenizer,
             enable_prefix_caching,
+            async_scheduling=async_scheduling,
         )
         self._names = itertools.count()
         self._inbox: dict[str, deque[RequestOutput]] = {}

@@ -72,6 +72,11 @@ def read_prompt(
         return prompt, tokenizer.encode(prompt, add_bos=tokenizer.adds_bos)
     if isinstance(prompt, bytes) or not isinstance(prompt, Items | np.ndarray):
         raise InvalidArgument(f"prompt must be a text or token ids, got {_shown(prompt)}")
+    ids = prompt.tolist() if isinstance(prompt, np.ndarray) else list(prompt)
+    if set(map(type, ids)) == {int}:  # all at once: one by one, 576 tokens take 0.2 ms
+        array = np.array(ids)
+        if array.dtype.kind == "i" and 0 <= array.min() and array.max() < vocab_size:
+            return None, ids
     for place, token_id in enumerate(prompt):
         is_int = isinstance(token_id, int | np.integer) and not isinstance(token_id, bool)
         if not is_int or not 0 <= token_id < vocab_size:
@@ -79,7 +84,7 @@ def read_prompt(
                 f"prompt[{place}] must be a token id from 0 to {vocab_size - 1}, "
                 f"got {_shown(token_id)}"
             )
-    return None, [int(token_id) for token_id in prompt]
+    return None, [int(token_id) for token_id in ids]
 
 
 def longest_sequence(

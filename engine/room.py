@@ -89,7 +89,7 @@ def make_room(
     max_num_seqs = _or(room.max_num_seqs, 256 if is_gpu else 16)
     budget = room.max_num_batched_tokens
     if budget is None:
-        budget = max(2048 if is_gpu else 256, max_num_seqs)
+        budget = max(8192 if is_gpu else 256, max_num_seqs)
     if _or(room.max_model_len, 1) > context:
         raise InvalidArgument(
             f"max_model_len must be at most {context} (max_position_embeddings), "

@@ -44,6 +44,8 @@ class RunningBatch:
         arrays = [array for array in vars(self).values() if isinstance(array, np.ndarray)]
         self._arrays = [array for array in arrays if array.ndim == 1]  # one value per row
         self._counting = np.arange(max_num_seqs + 1, dtype=np.int32)
+        # Where each row of block_tables starts: one index takes half the time of two.
+        self._table_starts = np.arange(0, self.block_tables.size, max_blocks, np.int32)
         self._num_steps = 0  # committed
         self._ahead_of: int | None = None  # the value of _num_steps at which next_slots hold
 
@@ -70,7 +72,8 @@ class RunningBatch:
         self.num_edited += sequence.is_edited
         if sequence.sampler is not None:
             self.samplers[row] = np.frombuffer(sequence.sampler.row, ROW)[0]
-        self.refresh_blocks(sequence)
+        self.block_tables[row, : len(sequence.block_table)] = sequence.block_table
+        self.num_slots[row] = len(sequence.block_table) * self.block_size
         self._ahead_of = None  # it has no slot yet
 
     def remove(self, sequence: Sequence) -> None:
@@ -100,11 +103,11 @@ class RunningBatch:
         """All tokens of a running sequence."""
         return self.token_ids[sequence.row, : self.num_tokens[sequence.row]].tolist()
 
-    def refresh_blocks(self, sequence: Sequence, start: int = 0) -> None:
-        """Take over a sequence's block table from index `start` on."""
-        table = sequence.block_table
-        self.block_tables[sequence.row, start : len(table)] = table[start:]
-        self.num_slots[sequence.row] = len(table) * self.block_size
+    def add_block(self, sequence: Sequence) -> None:
+        """Take over the last block of a sequence's table, which is new."""
+        last = len(sequence.block_table) - 1
+        self.block_tables[sequence.row, last] = sequence.block_table[last]
+        self.num_slots[sequence.row] += self.block_size
 
     @property
     def is_ahead(self) -> bool:
@@ -119,7 +122,7 @@ class RunningBatch:
         """
         count = self.num_seqs
         positions = self.num_computed[:count] + num_new
-        self._slots(self._counting[:count], positions, out=self.next_slots[:count])
+        self._slots(self._table_starts[:count], positions, out=self.next_slots[:count])
         self._ahead_of = self._num_steps + 1
 
     def advance(self, num_new: np.ndarray, rows: np.ndarray, next_ids: np.ndarray) -> np.ndarray:
@@ -185,7 +188,7 @@ class RunningBatch:
             owner = np.repeat(self._counting[:count], num_new)  # the row of each token
             positions = np.arange(total, dtype=np.int32)
             positions += (computed - cu_seqlens_q[:-1])[owner]
-        slots = self._slots(owner, positions)
+        slots = self._slots(self._table_starts[owner], positions)
         ends = cu_seqlens_q[1:] if rows is None else cu_seqlens_q[1:][rows]
         logits_indices = ends - 1
         if every:
@@ -203,10 +206,11 @@ class RunningBatch:
         )
 
     def _slots(
-        self, rows: np.ndarray, positions: np.ndarray, out: np.ndarray | None = None
+        self, starts: np.ndarray, positions: np.ndarray, out: np.ndarray | None = None
     ) -> np.ndarray:
-        """Cache slots of tokens, given their rows and positions."""
-        slots = self.block_tables[rows, positions >> self._block_shift]
+        """Cache slots of tokens, given where their rows' tables start, and their positions."""
+        places = starts + (positions >> self._block_shift)
+        slots = self.block_tables.reshape(-1).take(places)
         slots <<= self._block_shift
         return np.bitwise_or(slots, positions & self._block_mask, out=out)
 

@@ -180,8 +180,8 @@ class Scheduler:
         short = (goes_on & (known > running.num_slots[:count])).nonzero()[0].tolist()
         if len(short) > self.blocks.num_free:
             return
-        for sequence in sorted((running.sequences[row] for row in short), key=_order):
-            self._extend(sequence)
+        for row in short:  # there is a block for each, whoever comes first
+            self._extend(running.sequences[row])
         running.lay_ahead(step.num_new)
 
     def commit(self, step: ScheduledStep, next_ids: np.ndarray) -> CommittedStep:
@@ -265,7 +265,7 @@ class Scheduler:
         """One more block for a running sequence; False if the pool is dry."""
         if not self.blocks.append(sequence.block_table):
             return False
-        self.running.refresh_blocks(sequence, len(sequence.block_table) - 1)
+        self.running.add_block(sequence)
         return True
 
     def _admit(self) -> None:

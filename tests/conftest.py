@@ -27,6 +27,8 @@ settings.register_profile(
 settings.register_profile(
     "mutants", settings.get_profile("touchstone"), phases=(Phase.explicit, Phase.generate)
 )
+# Other examples each time: what was not tried before.
+settings.register_profile("deep", settings.get_profile("touchstone"), derandomize=False)
 settings.load_profile("touchstone")
 
 

@@ -312,6 +312,12 @@ TestPoolOfCollisions = PoolOfCollisions.TestCase
 TestPoolOfCollisions.settings = MACHINE
 
 
+@pytest.mark.slow
+@pytest.mark.deep
+class TestPoolDeeply(PoolOfCollisions.TestCase):
+    settings = settings(max_examples=2000, stateful_step_count=60)
+
+
 def test_colliding_keys_collide():
     assert hash(CollidingKey(0, b"1")) == hash(CollidingKey(3, b"2"))
     assert CollidingKey(0, b"1") != CollidingKey(0, b"2")

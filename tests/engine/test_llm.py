@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
@@ -152,6 +152,51 @@ def test_a_prompts_logprobs_are_those_of_an_answer_forced_to_say_it(llm: LLM):
 
     tail = read.prompt_logprobs[len(said.prompt_token_ids) :]
     assert [dict(scores) for scores in tail] == [dict(s) for s in said.outputs[0].logprobs]
+
+
+DRAWN = SamplingParams(temperature=1.0, seed=5, max_tokens=12, ignore_eos=True)
+COOL = replace(DRAWN, temperature=0.3)
+
+
+def changes(text: str, ids: tuple[int, ...], eos: int) -> dict[str, tuple[SamplingParams, object]]:
+    """Each parameter: what it is changed from, and to; what DRAWN answers is given."""
+    banned = replace(DRAWN, stop_token_ids=ids[:1])
+    stopped = replace(DRAWN, stop=text[3:5])
+    return {
+        "n": (DRAWN, 2),
+        "temperature": (DRAWN, 0.1),
+        "top_k": (DRAWN, 1),
+        "top_p": (DRAWN, 0.01),
+        "min_p": (DRAWN, 1.0),
+        "repetition_penalty": (DRAWN, 100.0),
+        "presence_penalty": (COOL, -2.0),
+        "frequency_penalty": (COOL, -2.0),
+        "logit_bias": (DRAWN, {65: 100.0}),
+        "seed": (DRAWN, 6),
+        "logprobs": (DRAWN, 0),
+        "prompt_logprobs": (DRAWN, 0),
+        "stop": (DRAWN, text[3:5]),
+        "stop_token_ids": (DRAWN, ids[3:4]),
+        "min_tokens": (banned, 4),
+        "max_tokens": (DRAWN, 11),
+        "ignore_eos": (replace(DRAWN, logit_bias={eos: 100.0}), False),
+        "include_stop_str_in_output": (stopped, True),
+    }
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(SamplingParams)])
+def test_every_parameter_changes_the_output(llm: LLM, name: str):
+    drawn = llm.generate("hello", DRAWN)[0].outputs[0]
+    eos = llm.model_config.eos_token_ids[0]
+    before, value = changes(drawn.text, drawn.token_ids, eos)[name]
+
+    outputs = [
+        llm.generate("hello", params)[0] for params in (before, replace(before, **{name: value}))
+    ]
+
+    assert outputs[0].outputs == llm.generate("hello", before)[0].outputs  # and nothing else does
+    seen = [(output.outputs, output.prompt_logprobs) for output in outputs]
+    assert seen[0] != seen[1]
 
 
 def test_an_unknown_argument_is_refused(library: Library):

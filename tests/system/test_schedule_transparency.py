@@ -72,22 +72,24 @@ def test_every_request_is_as_if_alone(server: Server, schedule: Schedule):
 
 
 @pytest.mark.slow
-@settings(max_examples=5000)
+@settings(max_examples=1000)
 @given(schedules(max_requests=8))
 def test_every_request_is_as_if_alone_in_many_more_schedules(server: Server, schedule: Schedule):
+    check(server, schedule)
+
+
+@pytest.mark.slow
+@pytest.mark.deep
+@pytest.mark.timeout(3600)
+@settings(max_examples=20_000)
+@given(schedules(max_requests=8))
+def test_every_request_is_as_if_alone_in_ever_more_schedules(server: Server, schedule: Schedule):
     check(server, schedule)
 
 
 @settings(max_examples=15)
 @given(schedules())
 def test_every_request_of_the_toy_is_as_if_alone(toy: Server, schedule: Schedule):
-    check(toy, schedule)
-
-
-@pytest.mark.slow
-@settings(max_examples=200)
-@given(schedules())
-def test_every_request_of_the_toy_is_as_if_alone_more_often(toy: Server, schedule: Schedule):
     check(toy, schedule)
 
 
@@ -99,9 +101,18 @@ def test_every_request_of_the_toy_is_as_if_alone_in_a_crowd(toy: Server, schedul
 
 
 @pytest.mark.slow
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(schedules(max_requests=8, max_seats=16, max_blocks=40))
 def test_every_request_of_the_toy_is_as_if_alone_in_more_crowds(toy: Server, schedule: Schedule):
+    check(toy, schedule)
+
+
+@pytest.mark.slow
+@pytest.mark.deep
+@pytest.mark.timeout(3600)
+@settings(max_examples=500)
+@given(schedules() | schedules(max_requests=8, max_seats=16, max_blocks=40))
+def test_every_request_of_the_toy_is_as_if_alone_more_often(toy: Server, schedule: Schedule):
     check(toy, schedule)
 
 

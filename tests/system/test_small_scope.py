@@ -225,6 +225,7 @@ def test_every_interleaving_keeps_every_promise(scope: Scope, is_async: bool):
 
 
 @pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("scope", DEEP.values(), ids=DEEP)
 def test_every_interleaving_of_more(scope: Scope):
     explorer = Explorer(scope)

@@ -46,14 +46,15 @@ inline Status encode_rows_map(CUtensorMap *map, const bf16 *x, int num_rows, int
                              CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
-// A packed weight as [strip of eight rows, k tile, 256 words]: box_strips strips of one k tile at a time,
-// already swizzled.
-inline Status encode_strips_map(CUtensorMap *map, const bf16 *packed, int rows, int cols, int box_strips) {
+// A packed weight as [strip of eight rows, k tile, 256 words]: box_strips strips of box_tiles k tiles at a
+// time, already swizzled.
+inline Status encode_strips_map(CUtensorMap *map, const bf16 *packed, int rows, int cols, int box_strips,
+                                int box_tiles = 1) {
     constexpr cuuint64_t kStripBytes = kStripValues * sizeof(bf16);
     const cuuint64_t sizes[3] = {kStripBytes / sizeof(uint32_t), (cuuint64_t)num_tiles(cols),
                                  (cuuint64_t)(padded_rows(rows) / kStripRows)};
     const cuuint64_t strides[2] = {kStripBytes, kStripBytes * num_tiles(cols)};
-    const cuuint32_t box[3] = {(cuuint32_t)sizes[0], 1, (cuuint32_t)box_strips};
+    const cuuint32_t box[3] = {(cuuint32_t)sizes[0], (cuuint32_t)box_tiles, (cuuint32_t)box_strips};
     return encode_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_UINT32, 3, packed, sizes, strides, box,
                              CU_TENSOR_MAP_SWIZZLE_NONE);
 }
@@ -73,6 +74,17 @@ __device__ __forceinline__ void copy_box_3d(uint32_t to_shared, const CUtensorMa
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
         "[%1, {%2, %3, %4}], [%5];" ::"r"(to_shared),
         "l"(map), "r"(first), "r"(second), "r"(third), "r"(barrier)
+        : "memory");
+}
+
+// The same with a cache policy.
+__device__ __forceinline__ void copy_box_3d_with_policy(uint32_t to_shared, const CUtensorMap *map,
+                                                        int first, int second, int third, uint32_t barrier,
+                                                        uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to_shared),
+        "l"(map), "r"(first), "r"(second), "r"(third), "r"(barrier), "l"(policy)
         : "memory");
 }
 

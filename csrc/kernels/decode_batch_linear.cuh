@@ -2,10 +2,11 @@
 // its 64 rows and the tokens as its columns, fed by a ring of k tiles.
 //
 // A group is 64 weight rows, the work of one warpgroup. A stage holds kTiles neighbouring k tiles of a
-// block's groups and tokens: of each strip of eight rows one contiguous run, since copies of 1 KiB do not
-// reach the memory's speed. With several ranks, rank r of a cluster takes chunks r, r + ranks, .. of K.
+// block's groups and tokens: of each strip of eight rows one contiguous run. One thread asks for it. With
+// several ranks, rank r of a cluster takes chunks r, r + ranks, .. of K.
 
 #pragma once
+#include "../common/tensor_copy.cuh"
 #include "../common/wgmma.cuh"
 #include "decode_batch.cuh"
 
@@ -13,7 +14,6 @@ constexpr int kWarpgroup = 128;
 constexpr int kGroupRows = 64;
 constexpr int kGroupStrips = kGroupRows / kStripRows;
 constexpr int kStripBytes = kStripValues * (int)sizeof(bf16);
-constexpr int kGroupBytes = kGroupStrips * kStripBytes;  // of one k tile
 constexpr int kTilesPerChunk = NUMERICS_CHUNK / kTileCols;
 constexpr int kMaxStages = 10;
 constexpr int kAlignment = 1024;  // of a swizzled tile
@@ -22,8 +22,9 @@ template <int kTokens_, int kGroups_, int kTiles_>
 struct StageShape {
     static constexpr int kTokens = kTokens_, kGroups = kGroups_, kTiles = kTiles_;
     static constexpr int kStripRun = kTiles * kStripBytes;
+    static constexpr int kGroupRun = kGroupStrips * kStripRun;
     static constexpr int kTokenTileBytes = kTokens * kTileCols * (int)sizeof(bf16);
-    static constexpr int kWeightBytes = kGroups * kGroupStrips * kStripRun;
+    static constexpr int kWeightBytes = kGroups * kGroupRun;
     static constexpr int kBytes = kWeightBytes + kTiles * kTokenTileBytes;
     static constexpr int kStagesPerChunk = kTilesPerChunk / kTiles;
 };
@@ -44,11 +45,11 @@ struct RingPlace {
     }
 };
 
-__device__ __forceinline__ void init_ring(const Ring &ring, int num_consumers) {
+__device__ __forceinline__ void init_ring(const Ring &ring, int num_consumer_warps) {
     if (threadIdx.x == 0) {
         for (int i = 0; i < ring.num_stages; ++i) {
             barrier_init(shared_address(&ring.full[i]), 1);
-            barrier_init(shared_address(&ring.empty[i]), num_consumers);
+            barrier_init(shared_address(&ring.empty[i]), num_consumer_warps);
         }
         barrier_init_fence();
     }
@@ -75,47 +76,58 @@ __device__ __forceinline__ StageTiles tiles_of_stage(int i, int k_tiles, int ran
     return {first, min(Shape::kTiles, k_tiles - first)};
 }
 
-// Weights into a stage, a strip per lane, by a whole warp; the stage's tokens are expected too.
-// group_data(g) is group g's first strip.
-template <typename Shape, typename GroupData>
-static __device__ __forceinline__ void copy_weights(const Ring &ring, int stage, int k_tiles,
-                                                    StageTiles tiles, uint64_t policy,
-                                                    GroupData group_data) {
-    constexpr int kStrips = Shape::kGroups * kGroupStrips;
-    int lane = (int)threadIdx.x % kWarp;
-    uint32_t full = shared_address(&ring.full[stage]);
-    if (lane == 0)
-        barrier_arrive_expect(full, tiles.count * (kStrips * kStripBytes + Shape::kTokenTileBytes));
-    __syncwarp();  // the bytes are expected before the first arrive
-    if (lane < kStrips) {
-        const bf16 *from = group_data(lane / kGroupStrips) +
-                           ((size_t)(lane % kGroupStrips) * k_tiles + tiles.first) * kStripValues;
-        copy_bulk_with_policy(ring.base + stage * Shape::kBytes + lane * Shape::kStripRun, from,
-                              tiles.count * kStripBytes, full, policy);
+// A group of weight rows: its matrix, and its first strip there. What lies beyond the matrix arrives as
+// zeros.
+struct GroupPlace {
+    const CUtensorMap *matrix;
+    int strip;
+};
+
+template <typename Shape>
+static inline Status encode_group_map(CUtensorMap *map, const Matrix &weight) {
+    return encode_strips_map(map, static_cast<const bf16 *>(weight.data), weight.rows, weight.cols,
+                             kGroupStrips, Shape::kTiles);
+}
+
+// Weights into a stage, by one thread; the stage's tokens are expected too.
+template <typename Shape, typename GroupPlaceOf>
+static __device__ __forceinline__ void copy_weights(const Ring &ring, int stage, StageTiles tiles,
+                                                    uint64_t policy, GroupPlaceOf place_of) {
+    uint32_t full = shared_address(&ring.full[stage]), at = ring.base + stage * Shape::kBytes;
+    barrier_arrive_expect(full, Shape::kWeightBytes + tiles.count * Shape::kTokenTileBytes);
+#pragma unroll
+    for (int g = 0; g < Shape::kGroups; ++g) {
+        GroupPlace place = place_of(g);
+        copy_box_3d_with_policy(at + g * Shape::kGroupRun, place.matrix, 0, tiles.first, place.strip, full,
+                                policy);
     }
 }
 
 template <typename Shape>
 static __device__ __forceinline__ void copy_tokens(const Ring &ring, int stage, const bf16 *tokens,
                                                    StageTiles tiles) {
-    if (threadIdx.x % kWarp != 0) return;
     copy_bulk(ring.base + stage * Shape::kBytes + Shape::kWeightBytes,
               tokens + (size_t)tiles.first * Shape::kTokens * kTileCols,
               tiles.count * Shape::kTokenTileBytes, shared_address(&ring.full[stage]));
 }
 
-// One chunk of `count` k tiles by one warpgroup: acc becomes its chain, 64 rows x kTokens.
-template <typename Shape>
+// One chunk of `count` k tiles by one warpgroup: acc becomes its chain, 64 rows x kTokens. Calls
+// meanwhile(i) while the tensor cores have tile i to do.
+template <typename Shape, typename Meanwhile>
 static __device__ __forceinline__ void multiply_chunk(float (&acc)[Shape::kTokens / 2], const Ring &ring,
                                                       RingPlace &place, int group, int count,
-                                                      bool is_elected) {
+                                                      Meanwhile meanwhile) {
     int previous = 0;
+    // A warp knows only that its own reads are over.
+    auto release = [&](int stage) {
+        if (threadIdx.x % kWarp == 0) barrier_arrive(shared_address(&ring.empty[stage]));
+    };
     for (int i = 0; i < count; ++i) {
         int tile = i % Shape::kTiles;
         if (tile == 0) barrier_wait(shared_address(&ring.full[place.stage]), place.parity);
         uint32_t at = ring.base + place.stage * Shape::kBytes;
-        uint64_t weights = matrix_descriptor(
-            at + group * kGroupStrips * Shape::kStripRun + tile * kStripBytes, Shape::kStripRun);
+        uint64_t weights =
+            matrix_descriptor(at + group * Shape::kGroupRun + tile * kStripBytes, Shape::kStripRun);
         uint64_t tokens = matrix_descriptor(at + Shape::kWeightBytes + tile * Shape::kTokenTileBytes);
         wgmma_fence();
 #pragma unroll
@@ -124,15 +136,16 @@ static __device__ __forceinline__ void multiply_chunk(float (&acc)[Shape::kToken
             wgmma_k16(acc, weights + offset, tokens + offset, i + step > 0);
         }
         wgmma_commit();
+        meanwhile(i);
         wgmma_wait<1>();  // the previous tile is read: with it, perhaps, its stage
-        if (is_elected && tile == 0 && i > 0) barrier_arrive(shared_address(&ring.empty[previous]));
+        if (tile == 0 && i > 0) release(previous);
         if (tile == Shape::kTiles - 1 || i == count - 1) {
             previous = place.stage;
             place.advance(ring);
         }
     }
     wgmma_wait<0>();
-    if (is_elected) barrier_arrive(shared_address(&ring.empty[previous]));
+    release(previous);
 }
 
 // What lane (g, q) of warp w of a warpgroup holds in acc[4 f + e]: row 16 w + g + 8 (e / 2) of the group,

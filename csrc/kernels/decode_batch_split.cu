@@ -5,44 +5,35 @@
 //
 // Shapes    x packed (decode_batch.cuh); q [num_seqs, num_heads, 64]; residual [num_seqs, hidden_size]
 // Rounding  docs/numerics.md sections 2, 6 and 7: y to bf16 before RoPE and before the addition
-// Mapping   four thread blocks per 64 rows and token tile; block r computes chunks r, r + 4, .. and sends
-//           each chunk sum to the blocks that own its tokens, which add them in order. One warp fills a
-//           ring, a warpgroup multiplies
+// Mapping   a cluster of 2 to 8 thread blocks per 64 rows (128 where tokens are many) and token tile;
+//           block r computes chunks r, r + ranks, .. and sends each chunk sum to the blocks that own its
+//           tokens, which add them in order while the next chunk is multiplied. One thread fills a ring,
+//           one or two warpgroups multiply
 // Cost      2 bytes per weight: memory-bound up to some hundred tokens
-// See       decode_batch_linear.cuh, twin/linear.c, tests/kernels/test_bits_decode_batch.py
+// See       decode_batch_exchange.cuh, twin/linear.c, tests/kernels/test_bits_decode_batch.py
 
-#include "decode_batch_linear.cuh"
+#include <limits.h>
 
-constexpr int kRanks = 4;
-constexpr int kThreads = kWarpgroup + kWarp;  // the consumers, then the producer's warp
-constexpr int kStagedColumns = kGroupRows + kVector;
+#include "decode_batch_exchange.cuh"
+
 constexpr int kSharedOfTwo = 112 * 1024;  // what a block may take where two share a multiprocessor
-constexpr int kSharedOfOne = 220 * 1024;
+constexpr int kSharedOfOne = 226 * 1024;
 
 enum SplitOutput { kQkvOutput, kResidualOutput };
 
 struct SplitArguments {
+    CUtensorMap weights[3];       // q, k, v; or one
     const bf16 *x;                // packed
-    const bf16 *weights[3];       // q, k, v; or one
     int first_rows, second_rows;  // of the first two matrices, in groups of 64
+    int num_groups;               // of all
     int k_tiles;
-    int num_stages, num_buffers;
+    int num_stages;
     const BatchHeader *header;
     SplitOutput output;
     bf16 *out;  // q, or the residual
     int out_columns;
     KvLayer cache;  // from here for q, k and v alone
     const bf16 *rope_table;
-};
-
-// A round's chunk sums in the owner's memory: [kRanks][fragments][kWarpgroup] float4.
-template <int kTokens>
-struct SplitShape {
-    using Stage = StageShape<kTokens, 1, kTokens == 32 ? 4 : 2>;
-    static constexpr int kFragments = kTokens / 8 / kRanks;  // of eight tokens, that a block owns
-    static constexpr int kOwnTokens = kFragments * 8;
-    static constexpr int kRankBytes = kFragments * kWarpgroup * 16;
-    static constexpr int kBufferBytes = kRanks * kRankBytes;
 };
 
 __device__ __forceinline__ float bf16_sum(float a, float b) {
@@ -98,163 +89,183 @@ static __device__ __forceinline__ void write_head(const SplitArguments &args, in
     store_vector(tile + tile_offset(offset, chunk + kHalf / kVector), high);
 }
 
-template <int kTokens>
+// Of the three matrices, side by side, the one that holds a group.
+static __device__ __forceinline__ GroupPlace group_place(const SplitArguments &args, int group) {
+    int second = group - args.first_rows, third = second - args.second_rows;
+    int matrix = third >= 0 ? 2 : second >= 0 ? 1 : 0;
+    int own_group = third >= 0 ? third : second >= 0 ? second : group;
+    return {&args.weights[matrix], own_group * kGroupStrips};
+}
+
+template <typename Shape>
 static __device__ __forceinline__ void produce(const SplitArguments &args, const Ring &ring, int rank) {
-    const bf16 *tokens = args.x + (size_t)blockIdx.y * args.k_tiles * kTokens * kTileCols;
-    int row_group = (int)blockIdx.z, second = row_group - args.first_rows,
-        third = second - args.second_rows;
-    const bf16 *matrix = third >= 0 ? args.weights[2] : second >= 0 ? args.weights[1] : args.weights[0];
-    int matrix_group = third >= 0 ? third : second >= 0 ? second : row_group;
-    const bf16 *group = matrix + (size_t)matrix_group * kGroupStrips * args.k_tiles * kStripValues;
+    using Stage = typename Shape::Stage;
+    const bf16 *tokens = args.x + (size_t)blockIdx.y * args.k_tiles * Shape::kTokens * kTileCols;
     uint64_t policy = evict_first_policy();
-    using Stage = typename SplitShape<kTokens>::Stage;
-    int count = own_stages<Stage>(args.k_tiles, rank, kRanks), ahead = min(count, ring.num_stages);
-    auto group_data = [&](int) { return group; };
-    auto tiles_of = [&](int i) { return tiles_of_stage<Stage>(i, args.k_tiles, rank, kRanks); };
-    for (int i = 0; i < ahead; ++i)
-        copy_weights<Stage>(ring, i, args.k_tiles, tiles_of(i), policy, group_data);
+    int count = own_stages<Stage>(args.k_tiles, rank, Shape::kRanks), ahead = min(count, ring.num_stages);
+    auto place_of = [&](int g) { return group_place(args, (int)blockIdx.z * Shape::kGroups + g); };
+    auto tiles_of = [&](int i) { return tiles_of_stage<Stage>(i, args.k_tiles, rank, Shape::kRanks); };
+    for (int i = 0; i < ahead; ++i) copy_weights<Stage>(ring, i, tiles_of(i), policy, place_of);
     wait_for_previous_kernel();
     for (int i = 0; i < ahead; ++i) copy_tokens<Stage>(ring, i, tokens, tiles_of(i));
     RingPlace place;
     for (int i = ahead; i < count; ++i, place.advance(ring)) {
         barrier_wait(shared_address(&ring.empty[place.stage]), place.parity);
-        copy_weights<Stage>(ring, place.stage, args.k_tiles, tiles_of(i), policy, group_data);
+        copy_weights<Stage>(ring, place.stage, tiles_of(i), policy, place_of);
         copy_tokens<Stage>(ring, place.stage, tokens, tiles_of(i));
     }
 }
 
-// This block's tokens' sums, 64 rows, in the order of the chunks.
-template <int kTokens>
-static __device__ __forceinline__ void consume(float (&sums)[SplitShape<kTokens>::kFragments][4],
-                                               const SplitArguments &args, const Ring &ring,
-                                               uint32_t buffers, uint64_t *received, int rank) {
-    using Shape = SplitShape<kTokens>;
-    int thread = (int)threadIdx.x;
-    int num_chunks = (args.k_tiles + kTilesPerChunk - 1) / kTilesPerChunk;
-    RingPlace place;
-    for (int first = 0; first < num_chunks; first += kRanks) {
-        int round = first / kRanks, buffer = round % args.num_buffers, chunk = first + rank;
-        uint32_t at = buffers + buffer * Shape::kBufferBytes, barrier = shared_address(&received[buffer]);
-        float acc[kTokens / 2];
-        if (chunk < num_chunks)
-            multiply_chunk<typename Shape::Stage>(
-                acc, ring, place, 0, min(kTilesPerChunk, args.k_tiles - chunk * kTilesPerChunk),
-                thread == 0);
-        __syncwarp();
-        if (first == 0) cluster_wait();  // the other blocks have their barriers
-        if (chunk < num_chunks) {
-#pragma unroll
-            for (int f = 0; f < kTokens / 8; ++f) {
-                int owner = f / Shape::kFragments, place_of_owner = f % Shape::kFragments;
-                uint32_t to = at + rank * Shape::kRankBytes + (place_of_owner * kWarpgroup + thread) * 16;
-                store_async_16(map_shared(to, owner), &acc[4 * f], map_shared(barrier, owner));
-            }
+// What becomes of a group's sums: 64 rows of this block's tokens.
+template <typename Shape>
+static __device__ __forceinline__ void write_group(const float (&sums)[Shape::kFragments][4],
+                                                   const SplitArguments &args, bf16 *staging, int rank,
+                                                   int group, int member, int num_seqs) {
+    auto synchronise = [&] {
+        if (group == 0) {
+            named_barrier_sync<1, kWarpgroup>();
+        } else {
+            named_barrier_sync<2, kWarpgroup>();
         }
-        int num_senders = min(kRanks, num_chunks - first);
-        if (thread == 0) barrier_arrive_expect(barrier, num_senders * Shape::kRankBytes);
-        barrier_wait(barrier, round / args.num_buffers % 2);
-        for (int sender = 0; sender < num_senders; ++sender) {
+    };
+    synchronise();  // the buffer, where they are staged, is read
 #pragma unroll
-            for (int f = 0; f < Shape::kFragments; ++f) {
-                uint32_t from = at + sender * Shape::kRankBytes + (f * kWarpgroup + thread) * 16;
-                float4 v = load_shared_16(from);
-                const float values[4] = {v.x, v.y, v.z, v.w};
+    for (int f = 0; f < Shape::kFragments; ++f) {
 #pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    sums[f][e] = first + sender == 0 ? values[e] : __fadd_rn(sums[f][e], values[e]);
-            }
+        for (int e = 0; e < 4; ++e)
+            staging[held_token(member, f, e) * kStagedColumns + held_row(member, e)] = to_bf16(sums[f][e]);
+    }
+    synchronise();  // the staged rows visible to every thread
+    int row_group = (int)blockIdx.z * Shape::kGroups + group;
+    int first_token = (int)blockIdx.y * Shape::kTokens + rank * Shape::kFragments * 8;
+    int own_tokens = Shape::own_fragments(rank) * 8;
+    int per_token = args.output == kQkvOutput ? kChunksPerRow / 2 : kChunksPerRow;
+    if (row_group >= args.num_groups) return;
+    for (int i = member; i < own_tokens * per_token; i += kWarpgroup) {
+        int own = i / per_token, chunk = i % per_token, token = first_token + own;
+        const bf16 *staged = staging + own * kStagedColumns;
+        if (token >= num_seqs) break;
+        if (args.output == kQkvOutput) {
+            write_head(args, row_group, token, chunk, staged);
+        } else {
+            add_to_residual(
+                args.out + (size_t)token * args.out_columns + row_group * kGroupRows + chunk * kVector,
+                staged + chunk * kVector);
         }
     }
 }
 
-template <int kTokens>
-static __global__ void __launch_bounds__(kThreads)
+template <typename Shape>
+static __global__ void __launch_bounds__(Shape::kThreads)
     batch_split_kernel(const __grid_constant__ SplitArguments args) {
-    using Shape = SplitShape<kTokens>;
     extern __shared__ unsigned char raw[];
-    __shared__ uint64_t full[kMaxStages], empty[kMaxStages], received[2];
-    __shared__ alignas(16) bf16 staged[Shape::kOwnTokens][kStagedColumns];
+    __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
+    __shared__ uint64_t received[Shape::kGroups], folded[Shape::kGroups];
     int thread = (int)threadIdx.x, rank = (int)blockIdx.x;
-    uint32_t base = (shared_address(raw) + kAlignment - 1) / kAlignment * kAlignment;
+    uint32_t start = shared_address(raw), base = (start + kAlignment - 1) / kAlignment * kAlignment;
+    uint32_t buffers = base + args.num_stages * Shape::Stage::kBytes;
     Ring ring = {base, full, empty, args.num_stages};
-    if (thread == 0) {
-        barrier_init(shared_address(&received[0]), 1);
-        barrier_init(shared_address(&received[1]), 1);
+    if (thread < Shape::kGroups) {
+        barrier_init(shared_address(&received[thread]), 1);
+        barrier_init(shared_address(&folded[thread]), Shape::kRanks * kWarpgroup / kWarp);
+        barrier_init_fence();
     }
-    init_ring(ring, 1);
+    init_ring(ring, Shape::kConsumers / kWarp);
     __syncthreads();  // this block's barriers are there
     cluster_arrive();
-    if (thread >= kWarpgroup) {
-        produce<kTokens>(args, ring, rank);
+    if (thread >= Shape::kConsumers) {
+        if (thread == Shape::kConsumers) produce<Shape>(args, ring, rank);
         __syncwarp();
         cluster_wait();
     } else {
         wait_for_previous_kernel();
         // Not before: the attention that follows reads the cache and the header without waiting.
         let_next_kernel_start();
-        int num_seqs = args.header->num_seqs;
+        int num_seqs = args.header->num_seqs, group = thread / kWarpgroup, member = thread % kWarpgroup;
+        uint32_t buffer = buffers + group * Shape::kGroupBytes;
+        Exchange exchange = {buffer, shared_address(&received[group]), shared_address(&folded[group])};
         float sums[Shape::kFragments][4];
-        consume<kTokens>(sums, args, ring, base + args.num_stages * Shape::Stage::kBytes, received, rank);
-#pragma unroll
-        for (int f = 0; f < Shape::kFragments; ++f) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-                staged[held_token(thread, f, e)][held_row(thread, e)] = to_bf16(sums[f][e]);
-        }
-        named_barrier_sync<1, kWarpgroup>();  // the staged rows visible to every thread
-        int group = (int)blockIdx.z, first_token = (int)blockIdx.y * kTokens + rank * Shape::kOwnTokens;
-        int per_token = args.output == kQkvOutput ? kChunksPerRow / 2 : kChunksPerRow;
-        for (int i = thread; i < Shape::kOwnTokens * per_token; i += kWarpgroup) {
-            int own = i / per_token, chunk = i % per_token, token = first_token + own;
-            if (token >= num_seqs) break;
-            if (args.output == kQkvOutput) {
-                write_head(args, group, token, chunk, staged[own]);
-            } else {
-                add_to_residual(
-                    args.out + (size_t)token * args.out_columns + group * kGroupRows + chunk * kVector,
-                    staged[own] + chunk * kVector);
-            }
-        }
-        __syncwarp();
+        consume<Shape>(sums, args.k_tiles, ring, exchange, rank, group, member);
+        // A block may leave now: it has received what the others send, and their word of every round but
+        // the last, of which there is none.
+        write_group<Shape>(sums, args, reinterpret_cast<bf16 *>(raw + (buffer - start)), rank, group,
+                           member, num_seqs);
     }
-    cluster_arrive();  // no block leaves while another's chunk sums are on their way
-    cluster_wait();
 }
 
-template <int kTokens>
-static Status launch_split_of(SplitArguments args, int groups, int token_tiles, cudaStream_t stream) {
-    using Shape = SplitShape<kTokens>;
-    int num_chunks = (args.k_tiles + kTilesPerChunk - 1) / kTilesPerChunk;
-    args.num_buffers = num_chunks > kRanks ? 2 : 1;
-    int own = (num_chunks + kRanks - 1) / kRanks * Shape::Stage::kStagesPerChunk;
-    // Many tokens, or long rows, which are few: one block to a multiprocessor.
-    bool is_alone = kTokens == kMostTokens || args.num_buffers == 2;
-    int room =
-        (is_alone ? kSharedOfOne : kSharedOfTwo) - kAlignment - args.num_buffers * Shape::kBufferBytes;
-    args.num_stages = min(min(kMaxStages, own), room / Shape::Stage::kBytes);
-    size_t bytes = kAlignment + args.num_stages * Shape::Stage::kBytes +
-                   (size_t)args.num_buffers * Shape::kBufferBytes;
-    return launch_chained(batch_split_kernel<kTokens>,
-                          dim3(kRanks, (unsigned)token_tiles, (unsigned)groups), kThreads, bytes, kRanks,
-                          stream, args);
+template <typename Shape>
+static int num_stages_of(int k_tiles) {
+    using Stage = typename Shape::Stage;
+    int num_chunks = (k_tiles + kTilesPerChunk - 1) / kTilesPerChunk;
+    int own = (num_chunks + Shape::kRanks - 1) / Shape::kRanks * Stage::kStagesPerChunk;
+    int room = (Shape::kGroups == 2 ? kSharedOfOne : kSharedOfTwo) - kAlignment - Shape::kBufferBytes;
+    return min(min(kMaxStages, own), room / Stage::kBytes);
+}
+template <typename Shape>
+static size_t shared_bytes_of(int k_tiles) {
+    return kAlignment + (size_t)num_stages_of<Shape>(k_tiles) * Shape::Stage::kBytes + Shape::kBufferBytes;
 }
 
-static Status launch_split(const BatchStep &step, const SplitArguments &args, int groups,
+template <typename Shape>
+static Status launch_shape(SplitArguments args, const Matrix *const (&weights)[3], int token_tiles,
                            cudaStream_t stream) {
-    int tiles = batch_token_tiles(step);
-    if (step.tile_tokens == 32) return launch_split_of<32>(args, groups, tiles, stream);
-    if (step.tile_tokens == 64) return launch_split_of<64>(args, groups, tiles, stream);
-    return launch_split_of<kMostTokens>(args, groups, tiles, stream);
+    for (int i = 0; i < 3; ++i) {
+        if (weights[i] != nullptr)
+            TRY(encode_group_map<typename Shape::Stage>(&args.weights[i], *weights[i]));
+    }
+    args.num_stages = num_stages_of<Shape>(args.k_tiles);
+    unsigned tiles = (unsigned)((args.num_groups + Shape::kGroups - 1) / Shape::kGroups);
+    return launch_chained(batch_split_kernel<Shape>, dim3(Shape::kRanks, (unsigned)token_tiles, tiles),
+                          Shape::kThreads, shared_bytes_of<Shape>(args.k_tiles), Shape::kRanks, stream,
+                          args);
+}
+
+// About how long a layer of many tokens takes with so many ranks: the clusters that do not fit at once
+// wait, and each has its chunks to multiply after what it costs to start and to end.
+template <int kRanks>
+static Status estimate(int *cost, int k_tiles, int tiles) {
+    using Shape = SplitShape<kMostTokens, kRanks>;
+    constexpr int kStart = 5, kChunk = 3;  // microseconds
+    int num_chunks = (k_tiles + kTilesPerChunk - 1) / kTilesPerChunk, resident;
+    TRY(count_resident_clusters(&resident, batch_split_kernel<Shape>, Shape::kThreads,
+                                shared_bytes_of<Shape>(k_tiles), kRanks));
+    int rounds = (num_chunks + kRanks - 1) / kRanks, waves = (tiles + resident - 1) / max(resident, 1);
+    *cost = resident < 1 ? INT_MAX : waves * (kStart + rounds * kChunk);
+    return STATUS_OK;
+}
+
+static Status launch_many_tokens(const BatchStep &step, const SplitArguments &args,
+                                 const Matrix *const (&weights)[3], cudaStream_t stream) {
+    int token_tiles = batch_token_tiles(step), tiles = (args.num_groups + 1) / 2 * token_tiles;
+    int costs[5], best = 0;
+    TRY(estimate<2>(&costs[0], args.k_tiles, tiles));
+    TRY(estimate<3>(&costs[1], args.k_tiles, tiles));
+    TRY(estimate<4>(&costs[2], args.k_tiles, tiles));
+    TRY(estimate<6>(&costs[3], args.k_tiles, tiles));
+    TRY(estimate<8>(&costs[4], args.k_tiles, tiles));
+    for (int i = 1; i < 5; ++i)
+        if (costs[i] < costs[best]) best = i;
+    if (best == 0) return launch_shape<SplitShape<kMostTokens, 2>>(args, weights, token_tiles, stream);
+    if (best == 1) return launch_shape<SplitShape<kMostTokens, 3>>(args, weights, token_tiles, stream);
+    if (best == 2) return launch_shape<SplitShape<kMostTokens, 4>>(args, weights, token_tiles, stream);
+    if (best == 3) return launch_shape<SplitShape<kMostTokens, 6>>(args, weights, token_tiles, stream);
+    return launch_shape<SplitShape<kMostTokens, 8>>(args, weights, token_tiles, stream);
+}
+
+static Status launch_split(const BatchStep &step, const SplitArguments &args,
+                           const Matrix *const (&weights)[3], cudaStream_t stream) {
+    int token_tiles = batch_token_tiles(step);
+    if (step.tile_tokens == 32) return launch_shape<SplitShape<32, 4>>(args, weights, token_tiles, stream);
+    if (step.tile_tokens == 64) return launch_shape<SplitShape<64, 4>>(args, weights, token_tiles, stream);
+    return launch_many_tokens(step, args, weights, stream);
 }
 
 Status launch_batch_qkv(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream) {
     SplitArguments args = {};
     args.x = step.buffers.normed;
-    args.weights[0] = static_cast<const bf16 *>(layer.q_proj.data);
-    args.weights[1] = static_cast<const bf16 *>(layer.k_proj.data);
-    args.weights[2] = static_cast<const bf16 *>(layer.v_proj.data);
     args.first_rows = step.problem.num_heads;
     args.second_rows = step.problem.num_kv_heads;
+    args.num_groups = step.problem.num_heads + 2 * step.problem.num_kv_heads;
     args.k_tiles = num_tiles(layer.q_proj.cols);
     args.header = step.buffers.header;
     args.output = kQkvOutput;
@@ -262,22 +273,21 @@ Status launch_batch_qkv(const BatchStep &step, const DecodeLayer &layer, cudaStr
     args.out_columns = layer.q_proj.rows;
     args.cache = layer.cache;
     args.rope_table = step.problem.rope_table;
-    return launch_split(step, args, step.problem.num_heads + 2 * step.problem.num_kv_heads, stream);
+    return launch_split(step, args, {&layer.q_proj, &layer.k_proj, &layer.v_proj}, stream);
 }
 
 static Status launch_residual(const BatchStep &step, const Matrix &weight, const bf16 *x,
                               cudaStream_t stream) {
     SplitArguments args = {};
     args.x = x;
-    args.weights[0] = static_cast<const bf16 *>(weight.data);
-    args.first_rows = num_tiles(weight.rows);
-    args.second_rows = 1;
+    args.num_groups = num_tiles(weight.rows);
+    args.first_rows = args.num_groups + 1;  // a tile's second group may lie beyond the last
     args.k_tiles = num_tiles(weight.cols);
     args.header = step.buffers.header;
     args.output = kResidualOutput;
     args.out = step.buffers.residual;
     args.out_columns = weight.rows;
-    return launch_split(step, args, num_tiles(weight.rows), stream);
+    return launch_split(step, args, {&weight, nullptr, nullptr}, stream);
 }
 
 Status launch_batch_o(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream) {

@@ -86,6 +86,13 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, in
     *value = attribute == cudaDevAttrMultiProcessorCount ? 132 : 0;
     return cudaSuccess;
 }
+cudaError_t cudaOccupancyMaxActiveClusters(int *count, const void *function,
+                                           const cudaLaunchConfig_t *config) {
+    (void)function, (void)config;
+    MAY_FAIL();
+    *count = 16;
+    return cudaSuccess;
+}
 cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total_bytes) {
     MAY_FAIL();
     *free_bytes = (size_t)1 << 30;

@@ -73,6 +73,27 @@ def test_each_prompt_may_have_its_own_parameters(llm: LLM):
     assert [len(output.outputs[0].token_ids) for output in outputs] == [1, 3]
 
 
+def test_the_bar_counts_requests_on_a_terminal_and_is_silent_elsewhere(
+    llm: LLM, monkeypatch, capsys
+):
+    llm.generate(["a", "b"], GREEDY)
+    silent = capsys.readouterr().err
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes any stream for a terminal
+    llm.generate(["a", "b"], GREEDY)
+    shown = capsys.readouterr().err
+    llm.generate(["a", "b"], GREEDY, use_tqdm=False)
+
+    assert silent == "" and "2/2" in shown
+    assert capsys.readouterr().err == ""
+
+
+def test_looking_ahead_can_be_turned_off(library: Library, llm: LLM):
+    room = {"kv_cache_memory_bytes": 1 << 22, "max_num_seqs": 4, "block_size": 16}
+    with LLM("toy", device="cpu", library=library, async_scheduling=False, **room) as other:
+        assert not other.engine.async_scheduling and llm.engine.async_scheduling
+        assert other.generate("hi", GREEDY)[0].outputs == llm.generate("hi", GREEDY)[0].outputs
+
+
 def test_no_prompts_no_outputs(llm: LLM):
     assert llm.generate([]) == []
 

@@ -3,6 +3,7 @@
 Many schedules over a cache of token ids, where all that can go wrong is policy; some over the toy.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from engine.config import EngineConfig
 from engine.errors import DeviceUnavailable
 from engine.model_runner import ModelRunner
 from engine.models import resolve
+from engine.running_batch import RunningBatch
 from engine.scheduler import Scheduler
 from engine.sources.toy import CONFIGS
 from engine.tokenizer import Tokenizer
@@ -150,6 +152,15 @@ def test_a_schedule_survives_being_saved(tmp_path):
 
 class TestTheProperty:
     """It must fail where an answer is not the request's own."""
+
+    def test_leaves_the_schedule_that_failed(self, server: Server, monkeypatch, tmp_path):
+        monkeypatch.setattr(sys.modules[__name__], "SAVED", tmp_path)
+        monkeypatch.setattr(RunningBatch, "is_ahead", property(lambda self: self._num_steps > 1))
+
+        with pytest.raises(AssertionError):
+            check(server, CROWDED)
+
+        assert Schedule.load(tmp_path / "failing.json") == CROWDED
 
     def test_notices_tokens_in_the_wrong_rows(self, server: Server, monkeypatch):
         commit = Scheduler.commit

@@ -330,6 +330,28 @@ def test_a_commit_is_recorded_of_an_unchanged_checkout_alone(tmp_path: Path):
     assert record_gpu.commit_of(tmp_path) is None
 
 
+def test_bits_are_computed_once_for_a_source_but_again_where_a_model_was_missing(
+    tmp_path: Path, monkeypatch
+):
+    models = {"toy": {"status": "recorded"}, "other": {"status": "not run"}}
+    runs: list[int] = []
+
+    def compute() -> tuple[dict, dict]:
+        runs.append(1)
+        return {"status": "recorded", "models": {k: dict(v) for k, v in models.items()}}, BITS
+
+    monkeypatch.setattr(record_gpu, "BUILD", tmp_path)
+    monkeypatch.setattr(record_gpu, "record_bits", compute)
+
+    record_gpu.bits_of("one")
+    models["other"]["status"] = "recorded"
+    first, again = record_gpu.bits_of("one"), record_gpu.bits_of("one")
+    record_gpu.bits_of("two")
+
+    assert first == again == (compute()[0], BITS)
+    assert len(runs) == 4
+
+
 def test_an_unknown_part_is_wrong_use():
     with pytest.raises(SystemExit) as caught:
         record_gpu.main(["--without", "bits"])

@@ -280,6 +280,13 @@ class TestTheArena:
 
         assert Cache(path).get("x") is None
 
+    def test_what_has_not_begun_in_time_is_left_out_and_told(self, results):
+        _, planted, cache = results
+
+        assert arena.run(planted, CPU, Cache(cache), seconds=-1) == []
+        made = record([row(of_catalogue(), answer("verify"))], (), (), 1, CPU, 0.0, None, planted)
+        assert made.tables[0].rows == ((GENERATED, len(planted)),)
+
     def test_a_check_that_fails_without_a_fault_ends_the_run(self, tmp_path):
         missing = checks.tests("tests/no_such_test.py")
         planted = made("break", "pass", missing, file="engine/block_manager.py")

@@ -6,6 +6,7 @@ groups only with --record, and then it says which were not run.
 """
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--groups", default=",".join(GROUPS), help=", ".join(GROUPS))
     parser.add_argument("--only", metavar="IDS", help="fault ids with commas")
     parser.add_argument("--count", type=int, help="generated faults; 0: one of every line")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing later")
     parser.add_argument("--seed", type=int, default=SEED, help="of the sample")
     parser.add_argument("--record", action="store_true", help="keep a run of some groups too")
     parser.add_argument("--fresh", action="store_true", help="forget the answers of earlier runs")
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = [each for each in planted if each.group in groups]
         chosen = list(choose(chosen, options.only))
         clock = time.monotonic()
-        made, rows = _run(chosen, device, options.jobs, options.fresh)
+        made, rows = _run(chosen, device, options)
         print_rows(rows)
         print_scores(made)
         print(f"{time.monotonic() - clock:.0f} s on the clock, {options.jobs} faults at a time")
@@ -93,20 +95,25 @@ def whole_plan(root: Path, device: str, count: int | None, seed: int = SEED) -> 
 
 
 def _run(
-    planted: list[Planted], device: str, jobs: int, is_fresh: bool
+    planted: list[Planted], device: str, options: argparse.Namespace
 ) -> tuple[Evidence, list[Row]]:
     path = CACHES / f"{device}.jsonl"
-    if is_fresh:
+    if options.fresh:
         path.unlink(missing_ok=True)
     cache = arena.Cache(path)
-    results = arena.run(planted, device, cache, jobs, report=_progress)
+    results = arena.run(
+        planted, device, cache, options.jobs, report=_progress, seconds=options.seconds
+    )
     equivalents = load_equivalents()
+    tried = {result.id for result in results}
+    left_out = [each for each in planted if each.id not in tried]
+    planted = [each for each in planted if each.id in tried]
     rows = rows_of(planted, results, [each.edit for each in equivalents])
-    controls = {check for each in planted for check in each.checks}
+    controls = {answer.label for result in results for answer in result.answers}
     gpu = _gpu_name() if device == GPU else None
     # Of all answers, those of earlier runs too, whatever the clock of this run says.
     seconds = sum(answer.seconds for result in results for answer in result.answers)
-    made = record(rows, load_exhibits(), equivalents, len(controls), device, seconds, gpu)
+    made = record(rows, load_exhibits(), equivalents, len(controls), device, seconds, gpu, left_out)
     return made, rows
 
 

@@ -7,8 +7,10 @@ Invariant: a check has passed on the unmutated tree before any fault meets it.
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -112,14 +114,16 @@ def run(
     jobs: int = 1,
     report: Report | None = None,
     root: Path = ROOT,
+    seconds: float = math.inf,
 ) -> list[Result]:
     """Tries every fault of one device.
 
     Args:
         jobs: faults under work at a time.
+        seconds: what has not begun by then is left out.
 
     Returns:
-        A result for each, in their order.
+        A result for each that was not left out, in their order.
 
     Raises:
         CatalogueError: an edit does not apply.
@@ -130,12 +134,13 @@ def run(
     results: list[Result] = []
     problems: list[str] = []
     with _arena(root, device, jobs, cache) as arena, ThreadPoolExecutor(jobs) as pool:
-        waiting = [pool.submit(arena.try_one, each) for each in planted]
+        end = time.monotonic() + seconds
+        waiting = [pool.submit(arena.try_one, each, end) for each in planted]
         try:
             for number, (each, future) in enumerate(zip(planted, waiting, strict=True), start=1):
                 what = each.id
                 try:
-                    results.append(future.result())
+                    results += future.result()
                 except TeethError as error:
                     problems.append(str(error))
                     what = f"{PROBLEM}: {each.id}: {error}"
@@ -186,8 +191,14 @@ class _Arena:
         self._control_locks: dict[Check, Lock] = {}
         self._bad_controls: dict[Check, TeethError] = {}
 
-    def try_one(self, planted: Planted) -> Result:
-        """Everything that is asked of one fault, from the cache as far as it goes."""
+    def try_one(self, planted: Planted, end: float) -> list[Result]:
+        """Everything that is asked of one fault, from the cache as far as it goes.
+
+        Args:
+            end: of time.monotonic(); later nothing is begun.
+        """
+        if time.monotonic() > end:
+            return []
         plot = _Plot(planted, self._plant)
         try:
             key = self._keys.of_build(planted)
@@ -198,7 +209,7 @@ class _Arena:
             if build != trees.OK and planted.group != GENERATED:
                 raise TeethError(f"{planted.id}: {build}")
             answers = self._answers(plot) if build == trees.OK else []
-            return Result(planted.id, build, tuple(answers))
+            return [Result(planted.id, build, tuple(answers))]
         finally:
             plot.clear()
 

@@ -101,6 +101,7 @@ def generated(root: Path, device: str, count: int | None, seed: int = SEED) -> l
         order.shuffle(picked)
         share = len(found) if count is None else max(1, round(count * len(found) / total))
         planted += [_planted(name, *each, device, root) for each in picked[:share]]
+    random.Random(seed).shuffle(planted)  # a run that ends early has tried a fair part
     return planted
 
 

@@ -24,7 +24,7 @@ from verification.teeth.plan import MUSEUM, Planted, check_plan, hand_made, of_d
 
 PAGE = ROOT / "docs" / "properties.md"
 NAME = "metamorphic"
-ROW = re.compile(r"^\| (\d[\d, ]*) \| (.+?) \| [BT] \| (.+) \|$", re.M)
+ROW = re.compile(r"^\| (A?\d[\d, ]*) \| (.+?) \| [BT] \| (.+) \|$", re.M)
 TEST = re.compile(r"`([\w/]+\.py)::(\w+)`")
 BEGIN = "<!-- below: made by make properties -->\n"
 GPU_TESTS = "kernels/"  # those of a device are asked in its own lane
@@ -32,10 +32,10 @@ GPU_TESTS = "kernels/"  # those of a device are asked in its own lane
 
 @dataclass(frozen=True)
 class Property:
-    """A row of the page.
+    """A row of the page: a property, or an input whose answer is known.
 
     Args:
-        number: as the page has it, "7, 8".
+        number: as the page has it, "7, 8" or "A1".
         tests: (file from the root, function).
     """
 
@@ -113,9 +113,9 @@ def record_of(
     return evidence.evidence(
         NAME,
         "Metamorphic properties",
-        "Faults made by hand in the twin and in the policy, each put to every property of "
-        "docs/properties.md and to nothing else: no reference, no golden. A property finds a fault "
-        "where one of its tests fails; only it, where no other property does.",
+        "Faults made by hand in the twin and in the policy, each put to every property and every "
+        "adversarial input (A) of docs/properties.md and to nothing else. A property finds a fault "
+        "where one of its tests fails; only it, where no other one of this table does.",
         "make properties",
         (
             evidence.Score("faults found by some property", num_seen, len(planted)),
@@ -148,9 +148,9 @@ def with_findings(page: str, record: evidence.Evidence) -> str:
     lines = [
         page.partition(BEGIN)[0] + BEGIN,
         "## What each finds that no other does\n",
-        f"{faults.hits} of {faults.total} faults planted by hand are found by these properties, "
-        f"without any reference. {unique.hits} of {unique.total} properties find some that no "
-        f"other finds (`{record.command}`, {record.recorded[:10]}; [evidence.md](evidence.md)).\n",
+        f"{faults.hits} of {faults.total} faults planted by hand are found by these properties and "
+        f"inputs. {unique.hits} of {unique.total} of them find some that no other "
+        f"finds (`{record.command}`, {record.recorded[:10]}; [evidence.md](evidence.md)).\n",
         "| property | finds | only it finds |",
         "|---|---|---|",
         *(f"| no. {number} | {count} | {only} |" for number, _, count, _, only in table.rows),

@@ -3,6 +3,7 @@
 Knows rows and words; what counts is matrix.py's, what the page looks like evidence_page.py's.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from verification.evidence import Evidence, Score, Table, evidence
@@ -12,7 +13,7 @@ from verification.teeth.checks import LEVELS, VERIFY
 from verification.teeth.generate import Equivalent
 from verification.teeth.matrix import Row, Tally
 from verification.teeth.museum import Exhibit
-from verification.teeth.plan import CATALOGUE, GENERATED, MUSEUM
+from verification.teeth.plan import CATALOGUE, GENERATED, MUSEUM, Planted
 
 GENERATED_GOAL = 0.97
 
@@ -32,8 +33,14 @@ def record(
     device: str,
     seconds: float,
     gpu: str | None = None,
+    left_out: Sequence[Planted] = (),
 ) -> Evidence:
-    """The record of one lane; one of some groups carries their names."""
+    """The record of one lane; one of some groups carries their names.
+
+    Args:
+        num_controls: checks that passed without a fault.
+        left_out: faults that were not tried; no share of them is claimed.
+    """
     asked = dict.fromkeys(row.planted.group for row in rows)
     by_group = {
         group: Tally(tuple(row for row in rows if row.planted.group == group))
@@ -46,7 +53,7 @@ def record(
         QUESTION.format(levels=", ".join(LEVELS)),
         "make teeth" + (" DEVICE=cuda" if device == GPU else "") + _arguments(asked, is_part),
         tuple(_scores(by_group, num_controls)),
-        tuple(_tables(by_group, exhibits, equivalents)),
+        tuple(_tables(by_group, exhibits, equivalents, left_out)),
         seconds,
         gpu,
     )
@@ -84,8 +91,15 @@ def _scores(by_group: dict[str, Tally], num_controls: int):
 
 
 def _tables(
-    by_group: dict[str, Tally], exhibits: Sequence[Exhibit], equivalents: Sequence[Equivalent]
+    by_group: dict[str, Tally],
+    exhibits: Sequence[Exhibit],
+    equivalents: Sequence[Equivalent],
+    left_out: Sequence[Planted],
 ):
+    if left_out:
+        counts = Counter(each.group for each in left_out)
+        note = "The time that was given ended before they began; they are in no count."
+        yield Table("Not tried", ("group", "faults"), tuple(counts.items()), note)
     if missing := [group for group, tally in by_group.items() if not tally.rows]:
         note = "No share of these is claimed here."
         yield Table("Not run", ("group",), tuple((group,) for group in missing), note)

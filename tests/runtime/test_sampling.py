@@ -205,6 +205,21 @@ def test_scores_come_without_next_ids(runner: ModelRunner):
     assert logprobs.token_ranks.tolist() == [1]
 
 
+@pytest.mark.parametrize("asks", [0, 1, 2])
+def test_scores_come_whichever_row_alone_asks_for_them(runner: ModelRunner, asks: int):
+    logprobs = Logprobs.empty(3, 0)
+    wanted = [0 if row == asks else -1 for row in range(3)]
+    # One row more than the step has: what lies behind the last must not be asked.
+    rows = page.rows(4, temperature=0, num_logprobs=[*wanted, -1])
+
+    runner.engine.forward(
+        prefill(3), sampling=page.sampling(rows[:3], max_logprobs=0), logprobs=logprobs
+    )
+
+    assert logprobs.token_ranks[asks] == 1
+    assert logprobs.token_logprobs[asks] < 0
+
+
 def edit(**fields: object) -> np.ndarray:
     result = np.zeros(2, EDIT)
     result["token_id"] = 4, 5

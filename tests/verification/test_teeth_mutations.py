@@ -49,6 +49,11 @@ class TestC:
         assert "(void)0;" not in of_c("+ b);", can_delete=False)
         assert not is_statement("g(a, b));")
         assert not is_statement("const float *p = x;")
+        assert not is_statement("Status launch_it(const Step &step, cudaStream_t stream);")
+        assert not is_statement("int tap_width(TapPoint point);")
+        assert not is_statement("kernel<<<rows, kThreads, 0, stream>>>(out, in);")
+        assert is_statement("launch_it(step, stream);")
+        assert is_statement("*out = f(a, b);")
 
     def test_comments_and_the_preprocessor_are_left_alone(self):
         text = "// a < b\n#define N 1\n_Static_assert(1 < 2, x);\nint a = 1;\nint a = 1;\n"

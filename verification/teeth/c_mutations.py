@@ -54,6 +54,9 @@ NO_STATEMENT = re.compile(
     r"|__shared__|constexpr|asm|alignas)\b"
 )
 DECLARATION = re.compile(r"[A-Za-z_]\w*(?:\s+\**|\s*\*+\s*)[A-Za-z_]\w*\s*(?:=|;|\[|,|\{)")
+# Two names before a parenthesis: a function is declared, or an object made. And a kernel's launch,
+# without which its arguments are unused, which does not compile.
+PROTOTYPE = re.compile(r"[A-Za-z_]\w*[\s*&]+[A-Za-z_]\w*\(|.*<<<")
 SIMPLE = r"[A-Za-z_][\w.]*(?:->\w+)*(?:\[\w+\])?"
 SWAPPABLE = re.compile(rf"(?<![\w.)\]>-])({SIMPLE}) ([-/%]|<<|>>|<|>) ({SIMPLE})(?![\w.(\[]|->)")
 ARGUMENTS = re.compile(rf"(?<=[\w](?=\())\(({SIMPLE}), ({SIMPLE})(?=[,)])")
@@ -98,7 +101,7 @@ def is_statement(line: str) -> bool:
         return False
     if line.count("(") != line.count(")") or line.count("{") != line.count("}"):
         return False
-    return not NO_STATEMENT.match(line) and not DECLARATION.match(line)
+    return not any(form.match(line) for form in (NO_STATEMENT, DECLARATION, PROTOTYPE))
 
 
 def _replacements(line: str) -> Iterator[tuple[int, int, str, str]]:

@@ -47,9 +47,9 @@ RESULTS = {
     "sanitizers": (BUILD / "sanitize.json", [sys.executable, "-m", "verification.sanitizers"]),
     "benchmarks": (BUILD / "bench.json", ["make", "VENV=system", "bench-gpu"]),
 }
-# The tests marked gpu, in processes side by side: whole models, which keep every core busy; whole
-# steps; single operations; what does not need the twin.
-KERNEL_TESTS = ("models or many_sequences", "attention or decode or step or repeats")
+# The tests marked gpu, in processes side by side: whole models, which keep every core busy; then
+# two of about equal time; last what does not need the twin.
+KERNEL_TESTS = ("models or many_sequences", "attention or step or repeats")
 GPU_TESTS = (
     ("tests/kernels", "-k", KERNEL_TESTS[0]),
     ("tests/kernels", "-k", f"not ({KERNEL_TESTS[0]}) and ({KERNEL_TESTS[1]})"),

@@ -120,7 +120,7 @@ typedef Status Attention(bf16 *out,      // [num_tokens, num_heads, head_dim]
                          const bf16 *q,  // [num_tokens, num_heads, head_dim]
                          const KvLayer *cache, const BatchIndex *batch, int num_heads, Stream stream);
 
-typedef Status SiluAndMul(bf16 *out,         // [num_values]
+typedef Status SiluAndMul(bf16 *out,         // [num_values]; may be gate
                           const bf16 *gate,  // [num_values]
                           const bf16 *up,    // [num_values]
                           int64_t num_values, Stream stream);

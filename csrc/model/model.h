@@ -24,7 +24,8 @@ typedef struct Weights {
     bf16 *rope_table;      // [max_seq_len, head_dim]: cos | sin
 } Weights;
 
-// What a step writes; sized once for the largest step.
+// What a step writes; sized once for the largest step. What is never alive together shares memory: q, k, v,
+// attn and projected with up; gate with act, which is computed in its place.
 typedef struct Activations {
     bf16 *residual;     // [max_num_tokens, hidden_size]
     bf16 *normed;       // [max_num_tokens, hidden_size]

@@ -20,27 +20,33 @@ static Status allocate_host(void *pointer_to_pointer, size_t bytes) {
     return STATUS_OK;
 }
 
+static size_t larger(size_t a, size_t b) {
+    return a > b ? a : b;
+}
+
+// Attention's values are dead when the MLP begins, gate when act takes its place, up when down is computed.
 static Status allocate_activations(Engine *e) {
     const EngineModelConfig *c = &e->model.config;
     Activations *a = &e->model.activations;
     size_t tokens = (size_t)e->options.max_num_tokens;
-    size_t hidden = tokens * c->hidden_size * sizeof(bf16);
-    size_t heads = tokens * c->num_heads * c->head_dim * sizeof(bf16);
-    size_t kv_heads = tokens * c->num_kv_heads * c->head_dim * sizeof(bf16);
-    size_t intermediate = tokens * c->intermediate_size * sizeof(bf16);
+    size_t hidden = tokens * c->hidden_size;  // values, as all of these
+    size_t heads = tokens * c->num_heads * c->head_dim;
+    size_t kv_heads = tokens * c->num_kv_heads * c->head_dim;
+    size_t intermediate = tokens * c->intermediate_size;
+    size_t shared = larger(2 * heads + 2 * kv_heads + hidden, intermediate);
     int64_t *account = &e->workspace_bytes;
     int rows = e->options.max_num_seqs > 16 ? e->options.max_num_seqs : 16;
     a->logits_rows = rows < e->options.max_num_tokens ? rows : e->options.max_num_tokens;
-    TRY(allocate(e, &a->residual, hidden, account));
-    TRY(allocate(e, &a->normed, hidden, account));
-    TRY(allocate(e, &a->q, heads, account));
-    TRY(allocate(e, &a->k, kv_heads, account));
-    TRY(allocate(e, &a->v, kv_heads, account));
-    TRY(allocate(e, &a->attn, heads, account));
-    TRY(allocate(e, &a->projected, hidden, account));
-    TRY(allocate(e, &a->gate, intermediate, account));
-    TRY(allocate(e, &a->up, intermediate, account));
-    TRY(allocate(e, &a->act, intermediate, account));
+    TRY(allocate(e, &a->residual, hidden * sizeof(bf16), account));
+    TRY(allocate(e, &a->normed, hidden * sizeof(bf16), account));
+    TRY(allocate(e, &a->gate, intermediate * sizeof(bf16), account));
+    TRY(allocate(e, &a->up, shared * sizeof(bf16), account));
+    a->act = a->gate;
+    a->q = a->up;
+    a->attn = a->q + heads;
+    a->k = a->attn + heads;
+    a->v = a->k + kv_heads;
+    a->projected = a->v + kv_heads;
     TRY(allocate(e, &a->logits, (size_t)a->logits_rows * c->vocab_size * sizeof(float), account));
     size_t ids = (size_t)a->logits_rows + (size_t)GREEDY_STEPS * e->options.max_num_seqs;
     return allocate(e, &a->next_ids, ids * sizeof(int32_t), account);

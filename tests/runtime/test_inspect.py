@@ -70,3 +70,16 @@ def test_null_pointers_are_refused(make_runner):
 
 def test_free_memory_is_some_of_the_machines(make_runner):
     assert 1 << 20 < make_runner(num_blocks=12).engine.free_memory() < 1 << 45
+
+
+def test_values_that_are_never_alive_together_share_memory(make_runner):
+    # What one more token of a step takes: residual, normed, gate with act in its place, and up,
+    # whose memory attention has before; and four index arrays.
+    small, large = (make_runner(max_num_tokens=n) for n in (512, 1024))
+    c = small.config
+    attention = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim + c.hidden_size
+    values = 2 * c.hidden_size + c.intermediate_size + max(attention, c.intermediate_size)
+
+    more = large.engine.memory()["workspace"] - small.engine.memory()["workspace"]
+
+    assert more == 512 * (2 * values + 4 * 4)

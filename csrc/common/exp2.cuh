@@ -25,3 +25,8 @@ __device__ __forceinline__ float contract_exp2(float x) {
     if (x != x) result = __int_as_float(0x7fffffff);
     return result;
 }
+
+// How far above and below ptx.cuh's approximate_exp2 this lies at most, in ULPs, for every float32; both
+// are zero, infinite or NaN for the same. tests/kernels/test_rounding.py tries them all. For rounding.cuh.
+constexpr int kExp2Over = 2;
+constexpr int kExp2Under = 2;

@@ -241,3 +241,16 @@ __device__ __forceinline__ void let_next_kernel_start() {
 __device__ __forceinline__ void wait_for_previous_kernel() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
+
+// ex2.approx, rcp.approx (PTX ISA 9.7.3.21, 9.7.3.14): the special function unit's, some ULPs off; what
+// would be denormal is zero.
+__device__ __forceinline__ float approximate_exp2(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+__device__ __forceinline__ float approximate_reciprocal(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}

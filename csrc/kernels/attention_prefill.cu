@@ -4,11 +4,10 @@
 //
 // Shapes    as in attention.cu; any number of rows
 // Rounding  docs/numerics.md section 4; wgmma's steps are those of mma.sync, bit for bit
-// Mapping   a thread block per 128 query rows (new tokens x heads of the group) and kv head: one warp asks
-// the
-//           copy engine for K and V tiles, two warpgroups take 64 rows each. A group multiplies P V of one
-//           tile and the scores of the next while it folds; folds happen in registers
-// Cost      256 flops per row and key, and some 17 instructions: bound by the issue of those instructions
+// Mapping   a thread block per 192 query rows (new tokens x heads of the group) and kv head: one warp asks
+//           the copy engine for K and V tiles, three warpgroups take 64 rows each. A group multiplies P V
+//           of one tile and the scores of the next while it folds; what is folded lies in shared memory
+// Cost      256 flops per row and key, and some 12 instructions: bound by their latency (docs/log.md)
 // See       attention.cu, twin/attention.c, tests/kernels/test_bits_attention.py
 
 #include "../common/launch.cuh"

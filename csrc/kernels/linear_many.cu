@@ -16,6 +16,7 @@ template <bool kIsFloat>
 struct StoreSums {
     static constexpr int kParts = 1;
     static constexpr int kUnits = kWarpTokens * kRowChunks / kWarp;
+    using Fetched = Nothing;
     void *out;  // [num_tokens, rows]
     int rows;
 
@@ -63,12 +64,13 @@ struct StoreSums {
         return is_staged;
     }
 
-    __device__ __forceinline__ void write(int unit, const WarpTile &tile) const {
-        int index = unit * kWarp + tile.lane, place = index / kRowChunks, chunk = index % kRowChunks;
-        int token = tile.first_token + place, row = tile.row_tile * kBlockRows + chunk * kChunkValues;
-        if (token < tile.num_tokens && row < rows)
-            store_vector(static_cast<bf16 *>(out) + (size_t)token * rows + row,
-                         *staged(tile, place, chunk));
+    __device__ __forceinline__ Fetched fetch(int, const WarpTile &) const { return {}; }
+
+    __device__ __forceinline__ void write(int unit, const WarpTile &tile, const Fetched &) const {
+        UnitPlace place(unit, tile);
+        if (place.exists(tile, rows))
+            store_vector(static_cast<bf16 *>(out) + place.offset(rows),
+                         *tile.staged(place.place, place.chunk));
     }
 };
 

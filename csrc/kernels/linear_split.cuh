@@ -5,8 +5,7 @@
 // rows: it sends the other half of every chunk to its neighbour's shared memory, and adds its own and its
 // neighbour's chunks in the contract's order, one turn late, so that nobody waits for what is on its way.
 //
-// An Operation has finish_half(sum, tile): takes the sums of half a tile's rows and writes what becomes of
-// them.
+// An Operation is linear_many.cuh's, of one part, for tiles of half the rows too: row_tile counts halves.
 
 #pragma once
 #include "linear_many.cuh"
@@ -14,64 +13,31 @@
 constexpr int kSplit = 2;
 constexpr int kHalfRows = kBlockRows / kSplit;
 constexpr int kHalfSums = kSums / kSplit;
-constexpr int kHalfChunks = kHalfRows / kChunkValues;
-constexpr int kHalfUnits = kWarpTokens * kHalfChunks / kWarp;
-constexpr int kHalfPitch = kHalfRows * (int)sizeof(bf16) + 16;
+constexpr int kHalfUnits = kWarpTokens * kHalfRows / kChunkValues / kWarp;
 constexpr int kSplitStages = 4;
 constexpr int kSlots = 2;  // turns on their way: one read, one written
 constexpr int kSlotBytes = kConsumers * kWarpgroup * kHalfSums * (int)sizeof(float);
 constexpr int kWarpSlotBytes = kWarp * kHalfSums * (int)sizeof(float);
 constexpr int kSplitSharedBytes = kSplitStages * kStageBytes + kSlots * kSlotBytes + kAlignment;
-static_assert(kWarpTokens * kHalfPitch <= kWarpSlotBytes, "what is staged takes a slot's place");
+static_assert(kWarpTokens * (kHalfRows * (int)sizeof(bf16) + 16) <= kWarpSlotBytes,
+              "what is staged takes a slot's place");
 
 struct SplitBarriers {
-    uint64_t full[kSplitStages];
-    uint64_t empty[kSplitStages];
+    RingBarriers<kSplitStages> ring;
     uint64_t arrived[kSlots][kConsumerWarps];  // a turn's sums from the neighbour
 };
 
 static __device__ __forceinline__ void produce_split(uint32_t ring, SplitBarriers &barriers,
                                                      const ManyMaps &maps, const ManyTiles &tiles,
-                                                     int first_token, int first_row, int rank) {
-    int count = 0;
-    for (int first_tile = rank * kTilesPerChunk; first_tile < tiles.k_tiles;
-         first_tile += kSplit * kTilesPerChunk) {
-        for (int k_tile = first_tile; k_tile < first_tile + kTilesPerChunk; ++k_tile, ++count) {
-            int stage = count % kSplitStages;
-            uint32_t full = shared_address(&barriers.full[stage]), at = ring + stage * kStageBytes;
-            barrier_wait(shared_address(&barriers.empty[stage]), (count / kSplitStages + 1) % 2);
-            barrier_arrive_expect(full, kStageBytes);
-            copy_box_2d(at, &maps.tokens, k_tile * kTileCols, first_token, full);
-            copy_box_3d(at + kTokenTileBytes, &maps.weights[0], 0, k_tile, first_row / kStripRows, full);
-        }
-    }
-}
-
-// One chunk of 64 tokens x 128 rows.
-static __device__ __forceinline__ void multiply_chunk(float (&acc)[kSums], uint32_t ring,
-                                                      SplitBarriers &barriers, int consumer, int lane,
-                                                      int &count) {
-    auto release = [&](int stage) {
-        if (lane == 0) barrier_arrive(shared_address(&barriers.empty[stage]));
+                                                     const TilePlace &place, int rank) {
+    Producer<kSplitStages> producer(ring, barriers.ring, maps);
+    const PartPlace parts[1] = {{0, place.row_tile * kBlockRows}};
+    int first_token = place.token_tile * kBlockTokens, num_own = tiles.k_tiles / kSplit;
+    auto k_tile = [&](int own) {
+        return (own / kTilesPerChunk * kSplit + rank) * kTilesPerChunk + own % kTilesPerChunk;
     };
-    for (int i = 0; i < kTilesPerChunk; ++i, ++count) {
-        int stage = count % kSplitStages;
-        barrier_wait(shared_address(&barriers.full[stage]), count / kSplitStages % 2);
-        uint32_t at = ring + stage * kStageBytes;
-        uint64_t tokens = matrix_descriptor(at + consumer * kConsumerTokens * kTileRowBytes);
-        uint64_t weights = matrix_descriptor(at + kTokenTileBytes);
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < kStepsPerTile; ++step) {
-            uint64_t offset = (uint64_t)(step * kStepBytes >> 4);
-            wgmma_k16(acc, tokens + offset, weights + offset, i + step > 0);
-        }
-        wgmma_commit();
-        wgmma_wait<1>();  // the previous tile is read: its stage may be filled again
-        if (i > 0) release((count - 1) % kSplitStages);
-    }
-    wgmma_wait<0>();
-    release((count - 1) % kSplitStages);
+    for (int own = producer.begin(parts, first_token, k_tile(0), kTilesPerChunk); own < num_own; ++own)
+        producer.fill(parts, first_token, k_tile(own));
 }
 
 // This warp's exchange with the same warp of the other block.
@@ -114,7 +80,7 @@ static __device__ __forceinline__ void consume_split(float (&sum)[kHalfSums], ui
                                                      SplitBarriers &barriers, const Exchange &exchange,
                                                      int num_turns, int consumer) {
     float own[kHalfSums];
-    int count = 0;
+    RingPlace place;
 #pragma unroll
     for (int i = 0; i < kHalfSums; ++i) sum[i] = -0.0f;  // adding to it changes no bit
     for (int turn = 0; turn < num_turns; ++turn) {
@@ -124,7 +90,7 @@ static __device__ __forceinline__ void consume_split(float (&sum)[kHalfSums], ui
         if (exchange.lane == 0)
             barrier_arrive_expect(exchange.arrived + slot * kConsumerWarps * (int)sizeof(uint64_t),
                                   kWarpSlotBytes);
-        multiply_chunk(acc, ring, barriers, consumer, exchange.lane, count);
+        multiply_chunk(acc, ring, barriers.ring, kTilesPerChunk, consumer, exchange.lane, place, [] {});
         if (turn > 0) exchange.add_turn(sum, own, turn - 1);
         if (exchange.rank == 0) {
             exchange.send<kHalfSums>(acc, slot);
@@ -145,44 +111,45 @@ static __global__ void __launch_bounds__(kManyThreads, 1)
     uint32_t base = shared_address(shared);
     uint32_t ring = (base + kAlignment - 1) / kAlignment * kAlignment;
     uint32_t slots = ring + kSplitStages * kStageBytes;
-    int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warpgroup = threadIdx.x / kWarpgroup;
+    int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     int rank = blockIdx.x % kSplit, tile_index = blockIdx.x / kSplit;
     TilePlace place = tile_place(tiles, tile_index);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < kSplitStages; ++i) {
-            barrier_init(shared_address(&barriers.full[i]), 1);
-            barrier_init(shared_address(&barriers.empty[i]), kConsumerWarps);
-        }
         for (int i = 0; i < kSlots * kConsumerWarps; ++i)
             barrier_init(shared_address(&barriers.arrived[0][i]), 1);
-        barrier_init_fence();
+        barriers.ring.init();
     }
     // The barriers of both blocks are initialised before anyone arrives or sends.
     cluster_arrive();
     cluster_wait();
     let_next_kernel_start();
-    wait_for_previous_kernel();
-    if (warpgroup == 0) {
+    if (warp < kWarpgroup / kWarp) {
         give_registers<kProducerRegisters>();
-        if (threadIdx.x == 0)
-            produce_split(ring, barriers, maps, tiles, place.token_tile * kBlockTokens,
-                          place.row_tile * kBlockRows, rank);
+        if (threadIdx.x == 0) produce_split(ring, barriers, maps, tiles, place, rank);
     } else {
         take_registers<kConsumerRegisters>();
+        wait_for_previous_kernel();
         int consumer_warp = warp - kWarpgroup / kWarp;
-        Exchange exchange = {slots + consumer_warp * kWarpSlotBytes + lane * 16,
-                             shared_address(&barriers.arrived[0][consumer_warp]), rank, lane};
-        float sum[kHalfSums];
-        consume_split(sum, ring, barriers, exchange, tiles.k_tiles / kTilesPerChunk / kSplit,
-                      warpgroup - 1);
-        // The last turn has arrived: this warp's slot is its own.
+        // After the last turn this warp's slot is its own.
         WarpTile tile = {shared + (slots - base) + consumer_warp * kWarpSlotBytes,
-                         kHalfPitch,
+                         kHalfRows,
                          place.token_tile * kBlockTokens + consumer_warp * kWarpTokens,
                          tiles.num_tokens,
                          place.row_tile * kSplit + rank,
                          lane};
-        operation.finish_half(sum, tile);
+        typename Operation::Fetched fetched[kHalfUnits];
+#pragma unroll
+        for (int unit = 0; unit < kHalfUnits; ++unit) fetched[unit] = operation.fetch(unit, tile);
+        Exchange exchange = {slots + consumer_warp * kWarpSlotBytes + lane * 16,
+                             shared_address(&barriers.arrived[0][consumer_warp]), rank, lane};
+        float sum[kHalfSums];
+        consume_split(sum, ring, barriers, exchange, tiles.k_tiles / kTilesPerChunk / kSplit,
+                      consumer_warp * kWarp / kWarpgroup);
+        __syncwarp();  // every lane has read the slot that is about to be staged over
+        operation.take(sum, tile);
+        __syncwarp();  // every lane's sums are staged
+#pragma unroll
+        for (int unit = 0; unit < kHalfUnits; ++unit) operation.write(unit, tile, fetched[unit]);
     }
 }
 

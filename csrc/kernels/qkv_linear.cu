@@ -5,9 +5,7 @@
 // Shapes    x [num_tokens, hidden_size] bf16, hidden_size a multiple of 64; q_proj, k_proj, v_proj packed;
 //           q [num_tokens, num_heads, 64]; cache as in kv_cache.cu; rope table as in rotary_embedding.cu
 // Rounding  those of linear.cu and rotary_embedding.cu, one after the other
-// Mapping   linear_many.cuh; a tile is two heads of whichever matrix: columns i and i + 32 of a
-// head
-//           are in one thread
+// Mapping   linear_many.cuh; a tile is two heads of whichever matrix; a lane holds columns i and i + 32
 // Cost      2 flops per token, row and k: bound by the tensor cores
 // See       linear.cu, rotary_embedding.cu, kv_cache.cu, tests/system/test_fused_prefill.py
 
@@ -23,6 +21,12 @@ static __device__ __forceinline__ float bf16_product(float a, float b) {
 struct ProjectHeads {
     static constexpr int kParts = kBlockRows / kTileCols;
     static constexpr int kUnits = kWarpTokens * kParts * kPairChunks / kWarp;
+    // Of one token and head: where in the cache, and eight columns of the table.
+    struct Fetched {
+        int slot;
+        uint4 cosine;
+        uint4 sine;
+    };
     bf16 *q;
     KvLayer cache;
     const bf16 *table;
@@ -42,13 +46,12 @@ struct ProjectHeads {
         return {matrix, head * kTileCols};
     }
 
-    __device__ __forceinline__ bf16 *place_of(int token, int head, int chunk) const {
+    __device__ __forceinline__ bf16 *place_of(int token, int head, int slot, int chunk) const {
         if (head < num_heads)
             return q + ((size_t)token * num_heads + head) * kTileCols + chunk * kChunkValues;
-        int kv_head = head - num_heads;
+        int kv_head = head - num_heads, offset = slot % cache.block_size;
         bool is_value = kv_head >= cache.num_kv_heads;
         if (is_value) kv_head -= cache.num_kv_heads;
-        int slot = slot_mapping[token], offset = slot % cache.block_size;
         bf16 *tile = cache.data +
                      kv_tile_offset(slot / cache.block_size, kv_head, cache.num_kv_heads, cache.block_size);
         return tile + (is_value ? cache.block_size * kTileCols : 0) + tile_offset(offset, chunk);
@@ -59,20 +62,53 @@ struct ProjectHeads {
         return true;
     }
 
-    // Eight columns of the first half of a head and their partners of the second.
-    __device__ __forceinline__ void write(int unit, const WarpTile &tile) const {
-        int index = unit * kWarp + tile.lane, pair = index % kPairChunks;
-        int part = index / kPairChunks % kParts, place = index / (kPairChunks * kParts);
-        int token = tile.first_token + place, head = tile.row_tile * kParts + part;
-        if (token >= tile.num_tokens || head >= num_heads + 2 * cache.num_kv_heads) return;
-        uint4 first = *staged(tile, place, part * kChunksPerRow + pair);
-        uint4 second = *staged(tile, place, part * kChunksPerRow + kPairChunks + pair);
-        if (head < num_heads + cache.num_kv_heads) {  // V is not rotated
-            const bf16 *row = table + (size_t)positions[token] * kTileCols + pair * kChunkValues;
-            rotate(first, second, load_vector(row), load_vector(row + kTileCols / 2));
+    // What a lane writes in a unit: eight columns of the first half of a head and their partners of the
+    // second.
+    struct Place {
+        int part, pair, place, token, head;
+
+        __device__ __forceinline__ Place(int unit, const WarpTile &tile) {
+            int index = unit * kWarp + tile.lane;
+            pair = index % kPairChunks;
+            part = index / kPairChunks % kParts;
+            place = index / (kPairChunks * kParts);
+            token = tile.first_token + place;
+            head = tile.row_tile * kParts + part;
         }
-        store_vector(place_of(token, head, pair), first);
-        store_vector(place_of(token, head, kPairChunks + pair), second);
+    };
+
+    __device__ __forceinline__ bool exists(const Place &place, const WarpTile &tile) const {
+        return place.token < tile.num_tokens && place.head < num_heads + 2 * cache.num_kv_heads;
+    }
+
+    // V is not rotated.
+    __device__ __forceinline__ bool rotates(int head) const {
+        return head < num_heads + cache.num_kv_heads;
+    }
+
+    __device__ __forceinline__ Fetched fetch(int unit, const WarpTile &tile) const {
+        Place place(unit, tile);
+        Fetched fetched = {};
+        if (!exists(place, tile)) return fetched;
+        if (place.head >= num_heads) fetched.slot = slot_mapping[place.token];
+        if (rotates(place.head)) {
+            const bf16 *row =
+                table + (size_t)positions[place.token] * kTileCols + place.pair * kChunkValues;
+            fetched.cosine = load_vector(row);
+            fetched.sine = load_vector(row + kTileCols / 2);
+        }
+        return fetched;
+    }
+
+    __device__ __forceinline__ void write(int unit, const WarpTile &tile, const Fetched &fetched) const {
+        Place place(unit, tile);
+        if (!exists(place, tile)) return;
+        int first_chunk = place.part * kChunksPerRow + place.pair;
+        uint4 first = *tile.staged(place.place, first_chunk);
+        uint4 second = *tile.staged(place.place, first_chunk + kPairChunks);
+        if (rotates(place.head)) rotate(first, second, fetched.cosine, fetched.sine);
+        store_vector(place_of(place.token, place.head, fetched.slot, place.pair), first);
+        store_vector(place_of(place.token, place.head, fetched.slot, kPairChunks + place.pair), second);
     }
 
     static __device__ __forceinline__ void rotate(uint4 &first, uint4 &second, uint4 cosine, uint4 sine) {

@@ -49,7 +49,7 @@ RESULTS = {
 }
 # The tests marked gpu, in processes side by side: whole models, which keep every core busy; then
 # two of about equal time; last what does not need the twin.
-KERNEL_TESTS = ("models or many_sequences", "attention or step or repeats")
+KERNEL_TESTS = ("models or many_sequences", "attention or decode_step or bits_step or repeats")
 GPU_TESTS = (
     ("tests/kernels", "-k", KERNEL_TESTS[0]),
     ("tests/kernels", "-k", f"not ({KERNEL_TESTS[0]}) and ({KERNEL_TESTS[1]})"),

@@ -57,9 +57,10 @@ OBJECTS := $(patsubst csrc/%,build/%.o,$(C_FILES) $(CU_FILES))
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
-	@echo "  variables       MODEL=$(MODEL) DEVICE=$(DEVICE) TIER=$(TIER) CUDA=auto|none|wheel VENV=system V=1"
+	@echo "  variables          MODEL=$(MODEL) DEVICE=$(DEVICE) TIER=$(TIER) CUDA=auto|none|wheel VENV=system V=1"
+	@echo "  ARGS               options of the command: make verify ARGS='--layers 0,3-5', make teeth ARGS=--help"
 
-build: $(LIBRARY)  ## the engine's shared library; with nvcc both backends, without it the CPU twin alone
+build: $(LIBRARY)  ## the engine's library; with nvcc both backends, without it the CPU twin alone
 
 verify: $(LIBRARY) $(PACKAGES)  ## every operator of every layer against transformers: the verdict table
 	@$(PYTHON) -m verification --model "$(MODEL)" --device $(DEVICE) $(ARGS)
@@ -73,19 +74,20 @@ test-deep: $(LIBRARY) $(PACKAGES)  ## serving's random and exhaustive tests with
 mutants: $(LIBRARY) $(PACKAGES)  ## plant every fault of the catalogue in turn: all must be found and named
 	$(PYTHON) -m verification.mutants $(ARGS)
 
-teeth: $(LIBRARY) $(PACKAGES)  ## the kill matrix: every fault, made by hand, of the museum and generated; resumable
+teeth: $(LIBRARY) $(PACKAGES)  ## the kill matrix: faults by hand, of the museum, generated; goes on where stopped
 	$(PYTHON) -m verification.teeth --device $(DEVICE) $(ARGS)
 
-properties: $(LIBRARY) $(PACKAGES)  ## which planted faults each metamorphic property finds, and which it alone (resumable)
+properties: $(LIBRARY) $(PACKAGES)  ## which planted faults each metamorphic property finds, and which it alone
 	$(PYTHON) -m verification.teeth.properties $(ARGS)
 
 evidence: $(PACKAGES)  ## docs/evidence.md, made of the records of the last runs in docs/evidence/
 	@$(PYTHON) -m verification.evidence_page $(ARGS)
 
 verify-op: $(LIBRARY) $(PACKAGES)  ## a shared object of yours: make verify-op OP=rms_norm LIB=./mine.so
+	$(if $(and $(OP),$(LIB)),,$(error what to verify is missing: make verify-op OP=rms_norm LIB=./mine.so))
 	@$(PYTHON) -m verification.verify_op "$(OP)" "$(LIB)"
 
-localise: $(LIBRARY) $(PACKAGES)  ## one fault at every operator of every layer of MODEL: named first? (goes on where stopped)
+localise: $(LIBRARY) $(PACKAGES)  ## a fault at every operator of every layer: named first? goes on where stopped
 	@$(PYTHON) -m verification.localisation --model "$(MODEL)" $(ARGS)
 
 false-alarms: $(LIBRARY) $(PACKAGES)  ## correct engines of other arithmetic: none may be failed
@@ -100,14 +102,14 @@ record-gpu: $(LIBRARY) $(PACKAGES)  ## on a GPU machine: its bits, tests, saniti
 sanitize: $(LIBRARY) $(PACKAGES)  ## four sanitizers over every kernel, each after its planted defect
 	NVCC="$(NVCC)" $(PYTHON) -m verification.sanitizers $(ARGS)
 
-BENCH = NVCC="$(NVCC)" $(PYTHON) -m pytest --benchmark-only -o addopts="--import-mode=importlib" -q
+BENCH = NVCC="$(NVCC)" $(PYTHON) -m pytest --benchmark-only -o addopts="--import-mode=importlib" -q -rs
 bench: $(LIBRARY) $(PACKAGES)  ## benchmarks of the operators and of the engine, on a GPU with its peers
 	$(BENCH) tests/benchmarks $(ARGS)
 
 bench-gpu: $(LIBRARY) $(PACKAGES)  ## the GPU's alone: every point, the peers by turns, into build/bench.json
 	$(BENCH) tests/benchmarks/test_bench_gpu.py $(ARGS)
 
-bench-compare: bench-gpu  ## fails on a regression beyond the noise; BENCH_BASE=DIR times that checkout by turns
+bench-compare: bench-gpu  ## fails on a regression beyond noise; BENCH_BASE=DIR times that checkout too
 	$(PYTHON) -m tests.benchmarks.compare
 
 bench-table: $(PACKAGES)  ## the recorded benchmarks as a table, and docs/benchmarks.svg

@@ -25,12 +25,8 @@ from engine.json_file import read_json_object
 
 HEAD_DIM = 64  # the only one the kernels are compiled for
 WIDTH_MULTIPLE = 64  # hidden_size and intermediate_size: weights are packed in tiles of 64 x 64
-BLOCK_SIZES = (
-    16,
-    32,
-    64,
-    128,
-)  # tokens per KV block; an attention tile of 128 holds a whole number of them
+# Tokens per KV block; an attention tile of 128 holds a whole number of them.
+BLOCK_SIZES = (16, 32, 64, 128)
 MAX_INT32 = 2**31 - 1  # the C structs hold 32-bit dimensions
 
 # Names that differ between this class and config.json, for messages that a user can act on.

@@ -1,7 +1,7 @@
 """The command `python -m verification`: one run, one table, verify.json and verify.html.
 
 Knows the command line and where files go; knows nothing of how anything is verified. Exit status: 0
-the verdict is pass, 1 it is not or something refused, 2 the command was wrong.
+the verdict is pass, 1 it is not or something refused, 2 the command was wrong, 130 interrupted.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from verification.taps import OPERATIONS, RESULT_ORDER
 
 DEFAULT_MODEL = "smollm2-135m"
 DEVICES = ("cpu", "cuda")
+INTERRUPTED = 128 + 2  # as shells report a process that SIGINT ended
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -101,8 +102,8 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     """The whole command.
 
     Returns:
-        0 if the verdict is pass, 1 if it is not or something refused. Wrong use raises
-        SystemExit(2).
+        0 if the verdict is pass, 1 if it is not or something refused, 130 if interrupted. Wrong
+        use raises SystemExit(2).
     """
     parser = build_parser()
     options = parser.parse_args(arguments)
@@ -114,6 +115,9 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     except (EngineError, OracleError, OSError) as error:
         console.print(Text(f"error: {plain(error)}"), soft_wrap=True)
         return 1
+    except KeyboardInterrupt:
+        console.print("interrupted: nothing was written")
+        return INTERRUPTED
     print_report(results, console)
     options.json.write_text(json_text(results), encoding="utf-8")
     write_html(results, options.html, evidence)
@@ -145,6 +149,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, console: C
             decode_text=decoder_for(directory),
             goldens=goldens,
         ).to_json()
+        results["model"]["asked_as"] = options.model  # a path or hub id says more than its name
         gpu = _gpu_record(results, [prompt.id for prompt in prompts], goldens)
     return with_gpu_record(results, gpu)
 

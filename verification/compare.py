@@ -12,10 +12,9 @@ from verification.signed_statistics import MAX_Z_CELL, MAX_Z_COLUMN, MAX_Z_ROW
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
 
-MAX_DIFFERING = (
-    1e-3  # share of replayed values that may fall to the other side of an inner rounding
-)
-MAX_INNER_ULP = 1  # and by how much, at that rounding
+# Share of replayed values that may fall to the other side of an inner rounding,
+MAX_DIFFERING = 1e-3
+MAX_INNER_ULP = 1  # and how far, at that rounding
 MAX_RATIO = 1.0  # |error| / budget
 
 # Correct engines differ from the replay in at most 3 of 10,000 values (measured; verification notes

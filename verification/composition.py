@@ -25,9 +25,8 @@ MAX_WORST_RATIO = 6.0
 MIN_TOKENS = 16  # with fewer, the yardstick's own error is a matter of luck: the worst alone counts
 MAX_JUMP = 2.0  # growth of error(engine) / error(yardstick) of the residual stream over one layer
 
-MAX_CENTRED_RATIO = (
-    2.0  # RMS of centred logits; MAX_WORST_RATIO for fewer positions than MIN_TOKENS
-)
+# RMS of centred logits; MAX_WORST_RATIO for fewer positions than MIN_TOKENS.
+MAX_CENTRED_RATIO = 2.0
 MAX_KL_MEAN_RATIO = 4.0
 MAX_KL_GEOMETRIC_RATIO = 2.5
 MAX_KL_MAX_RATIO = 8.0

@@ -140,9 +140,8 @@ def _count(
         distance = ulps(got, where)
     else:
         distance = ulp_distance(got.reshape(-1)[where], expected.reshape(-1)[where])
-    distance = distance.clamp_min(
-        1
-    )  # other bits are a difference: the sign of a zero, a NaN's payload
+    # Other bits are a difference of at least 1: the sign of a zero, a NaN's payload.
+    distance = distance.clamp_min(1)
     row = where // got.shape[1]
     differing.index_add_(0, row, torch.ones_like(row))
     max_ulp.scatter_reduce_(0, row, distance, "amax")

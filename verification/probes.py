@@ -24,6 +24,7 @@ from engine.config import ModelConfig
 from verification.engine_runs import GroupPrompt, group_prompt
 from verification.oracle import Trace
 from verification.rounding import to_bf16
+from verification.selection import PROBE_PREFIX
 from verification.taps import POINT, all_keys
 
 LENGTHS = (1, 129, 260)  # one key; a tile with one key; more than two tiles
@@ -48,7 +49,7 @@ def probe_group(config: ModelConfig, num_decode: int) -> list[GroupPrompt]:
     last = config.vocab_size - 1
     return [
         group_prompt(
-            f"probe-{length}", [last - i if i % 2 else i for i in range(length)], num_decode
+            f"{PROBE_PREFIX}{length}", [last - i if i % 2 else i for i in range(length)], num_decode
         )
         for length in LENGTHS
         if length <= config.max_position_embeddings
@@ -100,9 +101,8 @@ def _queries_and_keys(
     axis = torch.randn(num_kv_heads, head_dim, generator=generator)
     axis /= axis.norm(dim=-1, keepdim=True)
     noise = torch.randn(rows, num_kv_heads, head_dim, generator=generator)
-    noise -= (noise * axis).sum(
-        -1, keepdim=True
-    ) * axis  # the axis alone decides rising and falling
+    # The axis alone decides rising and falling.
+    noise -= (noise * axis).sum(-1, keepdim=True) * axis
     along = KEY_BASE + KEY_RAMP * torch.arange(rows) / rows
     keys = noise + along[:, None, None] * axis
 

@@ -35,12 +35,8 @@ from verification.report_terminal import ProgressReport
 from verification.taps import TapKey
 
 REPOSITORY = goldens.GOLDEN_ROOT.parent
-IN_GIT = (
-    "toy",
-    "toy-wide",
-    "toy-gqa3",
-    "smollm2-135m",
-)  # small enough for git; others go to the cache
+# Small enough for git; others go to the cache.
+IN_GIT = ("toy", "toy-wide", "toy-gqa3", "smollm2-135m")
 MAX_BYTES_IN_GIT = 6_000_000  # of all of them
 
 

@@ -16,10 +16,8 @@ from torch import Tensor
 
 from verification.rounding import neighbour, same_bits, to_bf16, ulp_distance
 
-MAX_INNER_ULPS = (
-    4  # steps tried at the inner rounding; beyond them the result's own distance is reported
-)
-
+# Steps tried at the inner rounding; beyond them the result's own distance is reported.
+MAX_INNER_ULPS = 4
 
 # (got, flat indices) -> ULPs at the inner rounding that explain each of those values, int64
 Explain = Callable[[Tensor, Tensor], Tensor]

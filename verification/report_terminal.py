@@ -1,12 +1,13 @@
 """Shows a verification on a terminal or in a plain log: progress, a table, one verdict line.
 
-Knows verify.json and a width of 100 columns; knows nothing of models or tolerances, and decides no
-verdict.
+Knows verify.json and two widths; knows nothing of models or tolerances, and decides no verdict.
 Invariant: everything said in colour is also said in words, so a log without colour loses nothing.
 """
 
+import textwrap
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
@@ -26,6 +27,8 @@ from verification.report_text import (
 )
 
 WIDTH = 100  # columns; the table below fills exactly these
+NARROW = 78  # on a terminal of fewer than WIDTH: without grade, z and the second count of values
+VERDICT = 7  # the last column
 STYLES = {"pass": "green", "fail": "bold red", "not run": "yellow", "tie": "yellow"}
 SECONDS_BETWEEN_LINES = 10.0  # without a terminal: one line of progress at most so often
 
@@ -78,16 +81,18 @@ def print_report(results: dict, console: Console) -> None:
 
     Args:
         results: verify.json as a dict.
-        console: made by the caller; lines are cut for WIDTH columns.
+        console: made by the caller; its width decides between WIDTH and NARROW.
     """
-    lines = [*_heading(results), Text(), *_table(results["summary"]), Text(), *_wholes(results)]
+    width = WIDTH if console.width >= WIDTH else NARROW
+    lines = [*_heading(results), Text(), *_table(results["summary"], width), Text()]
+    lines += _wholes(results, width)
     lines += _not_run(results)
     for line in lines:
         line.rstrip()
         console.print(line, soft_wrap=True)
     if results["first_failure"]:
         console.print()
-        console.print(_failure(results), width=WIDTH)
+        console.print(_failure(results), width=width)
     console.print()
     console.print(_verdict(results), soft_wrap=True)
     if results["first_failure"]:
@@ -111,38 +116,51 @@ def _heading(results: dict) -> list[Text]:
     return [title, Text(plain(detail), style="dim")]
 
 
-def _table(summary: list[dict]) -> list[Text]:
+def _table(summary: list[dict], width: int) -> list[Text]:
     """The two halves side by side: operator by operator, and the whole model running free."""
+    is_wide = width == WIDTH
     head = Text()
-    head.append(f"{'':14}  {'one operator, reference input (local)':^54}", style="bold")
-    head.append(f"  {'whole model (accumulated)':>26}", style="bold")
-    names = (
-        f"{'tap':<14}  {'grade':<7} {'values':>7} {'differing':>9} {'ulp':>4} {'err÷budget':>10}"
-        f" {'z':>5}  {'verdict':<7} {'values':>7} {'err÷budget':>10}  {'verdict':<7}"
+    middle = 54 if is_wide else 40
+    head.append(f"{'':14}  {'one operator, reference input (local)':^{middle}}", style="bold")
+    whole = "whole model (accumulated)" if is_wide else "whole model"
+    head.append(f"  {whole:>{width - middle - 20}}", style="bold")
+    columns = (  # name, and whether a narrow table has it
+        (f"{'tap':<14} ", True),
+        (f" {'grade':<7}", is_wide),
+        (f" {'values':>7} {'differing':>9} {'ulp':>4} {'err÷budget':>10}", True),
+        (f" {'z':>5}", is_wide),
+        (f"  {'verdict':<{VERDICT}}", True),
+        (f" {'values':>7}", is_wide),
+        (f" {'err÷budget':>10}  {'verdict':<{VERDICT}}", True),
     )
-    lines = [head, Text(names, style="dim"), Text("─" * WIDTH, style="dim")]
+    names = "".join(name for name, is_shown in columns if is_shown)
+    rule = Text("─" * width, style="dim")
+    lines = [head, Text(names, style="dim"), rule]
     for tap in forward_order(summary):
         rows = {
             mode: merged([r for r in summary if r["tap"] == tap and r["mode"] == mode])
             for mode in ("local", "accumulated")
         }
-        lines.append(_table_line(tap, rows["local"], rows["accumulated"]))
-    return [*lines, Text("─" * WIDTH, style="dim")]
+        lines.append(_table_line(tap, rows["local"], rows["accumulated"], is_wide))
+    return [*lines, rule]
 
 
-def _table_line(tap: str, local: dict | None, whole: dict | None) -> Text:
-    line = Text(f"{plain(tap):<14.14}  ")
-    if local and "grade" in local:
-        line.append(f"{local['grade']:<7.7} {count(local['values']):>7} ")
-        line.append(f"{count(local['differing']):>9} {_ulp(local['max_ulp']):>4} ")
-        line.append(f"{ratio(local['max_ratio']):>10} {_z(local['max_z']):>5}  ")
-    else:
-        line.append(f"{'–':<7} {'–':>7} {'–':>9} {'–':>4} {'–':>10} {'–':>5}  ")
+def _table_line(tap: str, local: dict | None, whole: dict | None, is_wide: bool) -> Text:
+    def cell(row: dict | None, key: str, show: Callable[[Any], str], width: int) -> str:
+        return f" {show(row[key]) if row and key in row else '–':>{width}}"
+
+    line = Text(f"{plain(tap):<14.14} ")
+    if is_wide:
+        line.append(f" {(local or {}).get('grade', '–'):<7.7}")
+    line.append(cell(local, "values", count, 7) + cell(local, "differing", count, 9))
+    line.append(cell(local, "max_ulp", _ulp, 4) + cell(local, "max_ratio", ratio, 10))
+    if is_wide:
+        line.append(cell(local, "max_z", _z, 5))
+    line.append("  ")
     _append_status(line, local)
-    if whole and "grade" in whole:
-        line.append(f" {count(whole['values']):>7} {ratio(whole['max_ratio']):>10}  ")
-    else:
-        line.append(f" {'–':>7} {'–':>10}  ")
+    if is_wide:
+        line.append(cell(whole, "values", count, 7))
+    line.append(cell(whole, "max_ratio", ratio, 10) + "  ")
     _append_status(line, whole)
     return line
 
@@ -151,7 +169,7 @@ def _append_status(line: Text, row: dict | None) -> None:
     """The verdict; a star tells that a part was not run and is listed below."""
     status = row["status"] if row else "–"
     star = "*" if row and row.get("partial") else ""
-    line.append(f"{_word(status) + star:<7}", style=STYLES.get(status, "dim"))
+    line.append(f"{_word(status) + star:<{VERDICT}}", style=STYLES.get(status, "dim"))
 
 
 def _word(status: str) -> str:
@@ -159,9 +177,9 @@ def _word(status: str) -> str:
     return "FAIL" if status == "fail" else status
 
 
-def _wholes(results: dict) -> list[Text]:
-    """One line each for what is compared beyond single taps."""
-    lines = []
+def _wholes(results: dict, width: int) -> list[Text]:
+    """What is compared beyond single taps, each with its verdict."""
+    rows: list[tuple[str, str, str]] = []  # name, text, status
     growth = results["residual_growth"]
     steps = [
         (ours / theirs, layer)
@@ -172,10 +190,10 @@ def _wholes(results: dict) -> list[Text]:
     ]
     if steps:
         worst, layer = max(steps)
-        rows = [r for r in results["summary"] if r["tap"] == "mlp_residual"]
-        row = merged([r for r in rows if r["mode"] == "accumulated"])
+        mine = [r for r in results["summary"] if r["tap"] == "mlp_residual"]
+        row = merged([r for r in mine if r["mode"] == "accumulated"])
         text = f"{len(steps)} compared; error at most {ratio(worst)} × yardstick, layer {layer}"
-        lines.append(_line("layers", text, row["status"] if row else "not run"))
+        rows.append(("layers", text, row["status"] if row else "not run"))
     if results["logits"]:
         num_prompts = sum(row["prompt"] != "all prompts" for row in results["logits"])
         worst_of = {
@@ -186,25 +204,28 @@ def _wholes(results: dict) -> list[Text]:
             f"{num_prompts} prompts; error at most {worst_of['centred_ratio']} × "
             f"yardstick, KL mean {worst_of['kl_mean_ratio']}, KL max {worst_of['kl_max_ratio']}"
         )
-        lines.append(_line("logits", text, _all(row["status"] for row in results["logits"])))
+        rows.append(("logits", text, _all(row["status"] for row in results["logits"])))
     tokens = [token for prompt in results["tokens"] for token in prompt["tokens"]]
     if tokens:
         of = {s: sum(token["status"] == s for token in tokens) for s in ("equal", "tie", "fail")}
         sums = f"{of['equal']} equal, {of['tie']} ties, {of['fail']} wrong"
         text = f"{len(tokens)} greedy tokens: {sums}"
-        lines.append(_line("tokens", text, "fail" if of["fail"] else "pass"))
+        rows.append(("tokens", text, "fail" if of["fail"] else "pass"))
     for title, part in (("goldens", "goldens"), ("GPU record", "gpu_record")):
         found = results[part]
         first, *more = [found["reason"], *found["details"]] if found["reason"] else found["details"]
-        lines.append(_line(title, first, found["status"]))
-        lines += [_line("", detail, "") for detail in more[:3]]
-    return lines
+        rows.append((title, first, found["status"]))
+        rows += [("", detail, "") for detail in more[:3]]
+    return [line for row in rows for line in _lines(*row, width)]
 
 
-def _line(name: str, text: str, status: str) -> Text:
-    line = Text(f"{name:<14}  {plain(text)[:74]:<74}  ")
+def _lines(name: str, text: str, status: str, width: int) -> list[Text]:
+    """The text beside its name, as many lines as it takes, and the verdict after the first."""
+    room = width - 16 - 3 - VERDICT
+    first, *more = textwrap.wrap(plain(text), room)
+    line = Text(f"{name:<14}  {first:<{room}}  ")
     line.append(_word(status), style=STYLES.get(status, ""))
-    return line
+    return [line, *(Text(f"{'':<14}  {rest}") for rest in more)]
 
 
 def _not_run(results: dict) -> list[Text]:

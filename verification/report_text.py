@@ -5,10 +5,12 @@ Knows rows of verify.json; knows nothing of terminals or pages.
 
 import math
 import re
+import shlex
 from collections.abc import Iterable
 
-from verification.selection import IN_NO_LAYER
+from verification.selection import IN_NO_LAYER, PROBE_PREFIX
 
+ANY_PROMPT = "len-1"  # the shortest that every model has
 INFINITE = 1e300  # JSON has no infinity: verify.json writes 1e308
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -19,16 +21,19 @@ def plain(text: object) -> str:
 
 
 def rerun_command(results: dict) -> str:
-    """The command that runs only what failed first."""
-    failure = results["first_failure"]
-    words = ["python -m verification", f"--model {plain(results['model']['name'])}"]
+    """The command that runs only what failed first, after the engine is built again."""
+    failure, model = results["first_failure"], results["model"]
+    words = ["make verify", f"MODEL={shlex.quote(plain(model.get('asked_as', model['name'])))}"]
     if results["engine"]["device"] != "cpu":
-        words.append(f"--device {plain(results['engine']['device'])}")
+        words.append(f"DEVICE={plain(results['engine']['device'])}")
+    selection = []
     for option, field in (("prompts", "prompt"), ("layers", "layer"), ("taps", "tap")):
-        is_no_layer = field == "layer" and failure["tap"] in IN_NO_LAYER
-        if failure.get(field) is not None and not is_no_layer:
-            words.append(f"--{option} {plain(failure[field])}")
-    return " ".join(words)
+        value = failure.get(field)
+        if field == "prompt" and str(value).startswith(PROBE_PREFIX):
+            value = ANY_PROMPT  # every run has the probes
+        if value is not None and not (field == "layer" and failure["tap"] in IN_NO_LAYER):
+            selection.append(f"--{option} {plain(value)}")
+    return " ".join([*words, f"ARGS={shlex.quote(' '.join(selection))}"])
 
 
 def forward_order(summary: Iterable[dict]) -> list[str]:

@@ -12,6 +12,7 @@ from verification.taps import OPERATIONS, POINT, RESULT_ORDER, operation_of
 
 GRADES = ("exact", "bounded", "bits", "tokens")
 IN_NO_LAYER = ("rope_table", "embed", "final_norm", "logits", "argmax")
+PROBE_PREFIX = "probe-"  # of the prompt ids of structured inputs, which every run has
 
 
 @dataclass(frozen=True)

@@ -86,9 +86,8 @@ class StateGrader:
                 )
 
     def _grade_argmax(self, each: Pass, next_ids: np.ndarray) -> None:
-        best = (
-            each.outputs["logits", 0].numpy().argmax(-1)
-        )  # the lowest index, and a NaN before any number
+        # numpy gives the lowest index, and a NaN before any number.
+        best = each.outputs["logits", 0].numpy().argmax(-1)
         for segment in each.segments:
             rows = segment.logit_rows
             wrong = np.flatnonzero(next_ids[rows] != best[rows])

@@ -37,9 +37,8 @@ class WholeModelGrader:
     logits: list[LogitsResult] = field(default_factory=list)
     tokens: list[PromptTokens] = field(default_factory=list)
     _ratios: dict[tuple[str, int, str], tuple[float, Verdict]] = field(default_factory=dict)
-    _squares: dict[int, list[float]] = field(
-        default_factory=dict
-    )  # layer -> engine, yardstick, rows
+    # layer -> engine, yardstick, rows
+    _squares: dict[int, list[float]] = field(default_factory=dict)
     _logit_errors: list[LogitErrors] = field(default_factory=list)
     _token_verdicts: list[TokenVerdict] = field(default_factory=list)
 

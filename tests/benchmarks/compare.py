@@ -49,8 +49,10 @@ def load(path: Path) -> dict:
     """A run: bench.json, or the benchmarks of a GPU's record.
 
     Raises:
-        ValueError: the file holds no points.
+        ValueError: there is no such file, or it holds no points.
     """
+    if not path.exists():
+        raise ValueError(f"{path.name} is not there: no GPU was timed (make bench-gpu, on one)")
     content = json.loads(path.read_text(encoding="utf-8"))
     run = content.get("benchmarks", content)
     if not run.get("points"):

@@ -54,6 +54,12 @@ def test_a_slower_run_passes_within_the_noise_of_both_and_fails_beyond_it(comman
     assert "SLOWER, stored run" in capsys.readouterr().out
 
 
+def test_a_run_that_is_not_there_is_said_in_words(tmp_path, capsys):
+    assert compare.main(["--run", str(tmp_path / "bench.json")]) == 1
+
+    assert capsys.readouterr().out.startswith("error: bench.json is not there: no GPU was timed")
+
+
 def test_a_base_in_the_same_run_is_what_counts(command, capsys):
     assert command(run(1.0, base=spread(0.9)), None) == 1
     assert "SLOWER, base in the same run" in capsys.readouterr().out

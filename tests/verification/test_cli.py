@@ -195,6 +195,27 @@ def test_an_error_of_the_engine_is_one_line_and_exits_1(command, monkeypatch):
     assert out.getvalue().splitlines()[-1] == "error: no CUDA device�[2J"
 
 
+def test_an_interrupted_run_says_so_in_one_line_and_exits_130(command, monkeypatch, tmp_path: Path):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    out = io.StringIO()
+    monkeypatch.setattr(command_line, "verify", stopped)
+    files = ["--html", str(tmp_path / "v.html"), "--json", str(tmp_path / "v.json")]
+
+    status = command_line.main(["--model", "toy", *files], Console(file=out))
+
+    assert status == 130
+    assert out.getvalue().splitlines()[-1] == "interrupted: nothing was written"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_results_keep_the_model_as_it_was_asked_for(command, tmp_path: Path):
+    command(samples.failing_run())
+
+    assert json.loads((tmp_path / "v.json").read_text())["model"]["asked_as"] == "toy"
+
+
 def test_the_whole_command_verifies_a_toy(tmp_path: Path):
     files = ["--html", str(tmp_path / "v.html"), "--json", str(tmp_path / "v.json")]
     words = ["--model", "toy-gqa8", "--prompts", "len-17", "--layers", "1", *files]

@@ -58,9 +58,8 @@ def test_a_right_engine_passes_every_check(subject):
     assert {row.status for row in results.summary} == {"pass"}
     num_taps = 3 + 15 * 2
     prefill = [c for c in results.cells if (c.mode, c.phase) == ("local", "prefill")]
-    assert len(prefill) == (num_taps + 2 + 1) * len(
-        PROMPTS
-    )  # taps, cache writes of 2 layers, argmax
+    num_cells = num_taps + 2 + 1  # taps, cache writes of 2 layers, argmax
+    assert len(prefill) == num_cells * len(PROMPTS)
     assert [t.status for p in results.tokens for t in p.tokens].count("fail") == 0
 
 

@@ -1,16 +1,20 @@
 import io
+import re
 
+import pytest
 from rich.console import Console
 from rich.text import Text
 
 from tests.verification import samples
-from verification.report_terminal import WIDTH, ProgressReport, print_report
+from verification.report_terminal import NARROW, WIDTH, ProgressReport, print_report
+
+VERDICTS = r"pass\*?|FAIL|not run"
 
 
-def printed(results: dict, *, colour: bool = False) -> str:
+def printed(results: dict, *, colour: bool = False, width: int = WIDTH) -> str:
     out = io.StringIO()
     system = "standard" if colour else None
-    console = Console(file=out, width=WIDTH, force_terminal=colour, color_system=system)
+    console = Console(file=out, width=width, force_terminal=colour, color_system=system)
     print_report(results, console)
     return out.getvalue()
 
@@ -39,7 +43,7 @@ def test_a_failing_run_names_operator_place_and_the_command_to_run_it_again():
         "twin_rotary_embedding in csrc/twin/rotary_embedding.c",
         "token 3, head 2, channel 33",
         "-1.2578125   expected 1.2578125",
-        "--model smollm2-135m --prompts markup --layers 7 --taps q_rope",
+        "make verify MODEL=smollm2-135m ARGS='--prompts markup --layers 7 --taps q_rope'",
     ):
         assert fact in text
 
@@ -87,6 +91,31 @@ def test_the_report_fits_its_width():
 
     assert max(len(line) for line in table) == WIDTH
     assert not any(line.endswith(" ") for line in table)
+
+
+@pytest.mark.parametrize("run", [samples.passing_run, samples.failing_run, samples.not_run])
+def test_a_terminal_of_80_columns_shows_every_verdict_in_lines_that_fit(run):
+    text, wide = (printed(run(), width=width) for width in (80, WIDTH))
+
+    table = text[: text.index("not run *")].splitlines()
+
+    assert max(len(line) for line in table[2:]) == NARROW
+    for tap, _, _ in samples.TAPS:
+        narrow_row, wide_row = (re.findall(VERDICTS, row_of(each, tap)) for each in (text, wide))
+        assert narrow_row == wide_row
+        assert len(narrow_row) == 2
+
+
+@pytest.mark.parametrize("width", [80, WIDTH])
+def test_a_long_reason_goes_on_below_and_loses_nothing(width: int):
+    run = samples.failing_run()
+    run["goldens"]["reason"] = reason = " ".join(f"word-{number}" for number in range(30))
+
+    text = printed(run, width=width)
+
+    lines = text[text.index("goldens") :].splitlines()
+    assert lines[0].endswith("FAIL")
+    assert reason in " ".join(text.replace("FAIL", "").split())
 
 
 def test_the_first_failure_says_what_was_done_instead():

@@ -1,14 +1,36 @@
 import pytest
 
+from engine.config import ModelConfig
+from engine.models import resolve
 from tests.verification import samples
-from verification.report_text import count, merged, ratio, rerun_command
+from verification.probes import probe_group
+from verification.prompts import load_specs
+from verification.report_text import ANY_PROMPT, count, merged, ratio, rerun_command
 
 
 def test_the_command_names_the_device_where_it_is_not_the_default():
     run = samples.failing_run()
     run["engine"]["device"] = "cuda"
 
-    assert "--device cuda" in rerun_command(run)
+    assert "DEVICE=cuda" in rerun_command(run)
+
+
+def test_the_command_has_the_model_as_it_was_asked_for():
+    run = samples.failing_run()
+    run["model"]["asked_as"] = "/models/my llama"
+
+    assert rerun_command(run) == (
+        "make verify MODEL='/models/my llama' ARGS='--prompts markup --layers 7 --taps q_rope'"
+    )
+
+
+def test_a_probe_is_run_again_beside_the_shortest_prompt():
+    run = samples.failing_run()
+    probe = probe_group(ModelConfig.from_directory(resolve("toy")), 1)[0]
+    run["first_failure"].update(prompt=probe.id, tap="logits", layer=0)
+
+    assert rerun_command(run).endswith("ARGS='--prompts len-1 --taps logits'")
+    assert ANY_PROMPT in {prompt.id for prompt in load_specs()}
 
 
 def test_the_worst_of_prefill_and_decode_decides_a_row():

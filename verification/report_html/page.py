@@ -37,11 +37,20 @@ def render(results: dict, evidence: Sequence[Evidence] = ()) -> str:
             "is well: the rounding of its result takes nearly the whole budget.",
             heat_map(results),
         ),
-        _section("Verdict by tap", "", tables.verdict_table(results)),
+        _section(
+            "Verdict by tap",
+            "Differing: values that are not the bits of transformers (exact taps), of the float64 "
+            "truth rounded once (bounded taps) or, in decode, of prefill. ULP: the largest "
+            "distance at the rounding that is open. Error ÷ budget: the largest error as a share "
+            "of what a correct operation can reach, computed value by value; over 1 fails. z: the "
+            "largest signed statistic, which finds errors within their budgets that lean one way.",
+            tables.verdict_table(results),
+        ),
         _section(
             "Distance in ULP",
             "How far the local run's values are from the reference, in units in the last place of "
-            "bfloat16. Bars are logarithmic.",
+            "bfloat16. Bars are logarithmic. Bounded taps are not judged by it: where terms "
+            "cancel, a small error is many ULPs of a small result.",
             ulp_histogram(results),
         ),
         _section(

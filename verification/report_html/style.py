@@ -69,6 +69,7 @@ svg .end { text-anchor: end; } svg .mid { text-anchor: middle; }
 table { border-collapse: collapse; font-size: 14px; min-width: 62%; }
 .verdicts { width: 100%; }
 th { text-align: left; font-weight: 600; } td.n, th.n { text-align: right; }
+td.n { white-space: nowrap; }
 th, td { padding: 3px 9px; } th:first-child { padding-left: 0; }
 td.split, th.split { padding-left: 24px; }
 thead th { color: var(--dim); font-weight: 400; font-size: 13px; vertical-align: bottom; }

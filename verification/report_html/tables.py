@@ -103,9 +103,9 @@ def first_failure(results: dict) -> str:
         ("engine", " in ".join(str(found[k]) for k in ("c_function", "file") if found.get(k))),
         ("prompt", found["prompt"] or "all, pooled"),
         ("place", place),
+        ("apart", None if found.get("ulps") is None else f"{found['ulps']} ULP"),
         ("got", full(found.get("got"))),
         ("expected", full(found.get("expected"))),
-        ("apart", None if found.get("ulps") is None else f"{found['ulps']} ULP"),
         ("budget", None if found.get("budget") is None else f"{found['budget']:.6g}"),
         ("diagnosis", found.get("diagnosis")),
     )

@@ -1,11 +1,12 @@
 """The command `python -m verification.verify_op`: a stranger's operation, every check of it.
 
 Knows the command line and the table. Exit status: 0 every check that was run passed, 1 one failed,
-2 the command was wrong.
+2 the command was wrong, 130 interrupted.
 """
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from engine.models import cache_root
+from verification.__main__ import INTERRUPTED
 from verification.compare import FAIL, NOT_RUN
 from verification.report_terminal import WIDTH
 from verification.report_text import count, plain
@@ -34,8 +36,8 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
         prog="python -m verification.verify_op",
         description="Holds op_<operation> of a shared object to every check of that operation.",
     )
-    parser.add_argument("operation", choices=OPERATIONS, help="as in csrc/include/ops.h")
-    parser.add_argument("library", type=Path, help="a shared object with that C function")
+    parser.add_argument("operation", type=_operation, help=", ".join(OPERATIONS))
+    parser.add_argument("library", type=_library, help="a shared object with that C function")
     options = parser.parse_args(arguments)
     console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
     transformers.utils.logging.disable_progress_bar()
@@ -49,7 +51,22 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     except KernelError as error:
         console.print(Text(f"error: {plain(error)}", style="bold red"), soft_wrap=True)
         return 1
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        return INTERRUPTED
     return _verdict(found, console)
+
+
+def _operation(text: str) -> str:
+    if text not in OPERATIONS:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(OPERATIONS)}")
+    return text
+
+
+def _library(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is no file")
+    return Path(text)
 
 
 def _run(kernel: Kernel, console: Console) -> list[Check]:
@@ -78,8 +95,10 @@ def _line(check: Check) -> Text:
 
 def _verdict(found: Sequence[Check], console: Console) -> int:
     failed = [check for check in found if check.verdict.status == FAIL]
-    for check in failed:
-        console.print(Text(f"{check.name}: {plain(check.verdict.reason)}", style="red"))
+    console.print()
+    for reason, names in _by_reason(failed).items():
+        words = f"{', '.join(names)}: {reason}"
+        console.print(Text(textwrap.fill(words, WIDTH, subsequent_indent="  "), style="red"))
     first = next((check.failure for check in failed if check.failure is not None), None)
     if first is not None:
         console.print(_story(first), width=WIDTH)
@@ -91,6 +110,14 @@ def _verdict(found: Sequence[Check], console: Console) -> int:
     return 0 if passed else 1
 
 
+def _by_reason(failed: Sequence[Check]) -> dict[str, list[str]]:
+    """Why checks failed, and for each reason the checks."""
+    names: dict[str, list[str]] = {}
+    for check in failed:
+        names.setdefault(plain(check.verdict.reason), []).append(check.name)
+    return names
+
+
 def _story(failure: Failure) -> Panel:
     place = ", ".join(
         f"{name} {getattr(failure, name)}"
@@ -99,7 +126,7 @@ def _story(failure: Failure) -> Panel:
     )
     lines = [
         f"tap {failure.tap}, layer {failure.layer}, {failure.phase}, prompt {failure.prompt}",
-        f"beside {failure.hf_module}: {place}",
+        f"in place of {failure.hf_module}: {place}",
         f"got {failure.got}, expected {failure.expected}",
         failure.message,
         failure.diagnosis or "no known wrong variant gives this output",

@@ -62,7 +62,9 @@ static Status allocate_sampling(Engine *e) {
     TRY(allocate_host(&room->host_scores, sizes.scores));
     TRY(allocate(e, &room->staged, sizes.staged, &e->workspace_bytes));
     TRY(allocate(e, &room->saved, sizes.saved, &e->workspace_bytes));
-    return allocate(e, &room->scores, sizes.scores, &e->workspace_bytes);
+    TRY(allocate(e, &room->scores, sizes.scores, &e->workspace_bytes));
+    // Scores come back whole, also what no row has asked for yet.
+    return e->model.kernels->copy_in(room->scores, room->host_scores, sizes.scores, e->model.stream);
 }
 
 static Status allocate_cache(Engine *e) {

@@ -35,12 +35,12 @@ static Status prepare(Prepared *p, Buffers *b, const float *logits, const Engine
     SamplingRoom *room = &p->room;
     room->max_edits = sizes.max_edits;
     room->host_staged = malloc(sizes.staged);
-    room->host_scores = malloc(sizes.scores);
+    room->host_scores = calloc(1, sizes.scores);
     if (!room->host_staged || !room->host_scores)
         return fail(STATUS_OUT_OF_MEMORY, "%zu bytes of host memory", sizes.staged + sizes.scores);
     TRY(output(b, &room->staged, sizes.staged));
     TRY(output(b, &room->saved, sizes.saved));
-    TRY(output(b, &room->scores, sizes.scores));
+    TRY(input(b, &room->scores, room->host_scores, sizes.scores));  // they come back whole
     p->task = (SamplingTask){.kernels = b->context->kernels,
                              .stream = b->context->stream,
                              .room = room,

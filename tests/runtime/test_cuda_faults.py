@@ -23,7 +23,9 @@ from engine.errors import (
     OutOfMemory,
 )
 from engine.models import resolve
+from engine.ops import Ops
 from tests.runtime.test_out_of_memory import WRAPPED
+from tests.twin import sampling_contract as page
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTS = Path(__file__).parent / "faults"
@@ -48,6 +50,7 @@ class Faulty:
         self._ffi.cdef(
             "void cuda_faults_arm(long n, int code, int sticky); long cuda_faults_calls(void);"
             "long cuda_faults_live(void); const char *cuda_faults_failed(void);"
+            "void cuda_faults_fill(int value);"
             "void faults_fail_allocation(long n); long faults_live(void);"
         )
         self._lib = self._ffi.dlopen(str(path))
@@ -56,6 +59,10 @@ class Faulty:
     def arm(self, n: int | None, code: int = LAUNCH_FAILED, sticky: bool = False) -> None:
         """The n-th call from now on fails, counted from 1, or none does; counts anew."""
         self._lib.cuda_faults_arm(n or 0, code, int(sticky))
+
+    def fill(self, value: int) -> None:
+        """What every byte of new device memory holds; the default is 0."""
+        self._lib.cuda_faults_fill(value)
 
     @property
     def calls(self) -> int:
@@ -262,6 +269,24 @@ def test_memory_that_is_refused_is_told_with_what_was_asked_and_what_was_free(fa
     with pytest.raises(OutOfMemory, match=r"\d+ bytes of device memory asked, \d+ of \d+ free"):
         faulty.arm(5, OUT_OF_MEMORY)
         Engine(faulty.library, config, ROOM)
+
+
+@pytest.mark.parametrize("filling", [0, 0x5A])
+def test_scores_leave_the_device_defined(faulty: Faulty, filling: int):
+    # A score is copied out whole, and kernels compute nothing here: what comes out is what the
+    # memory held before, so it must have been written whatever a row asks for.
+    faulty.arm(None)
+    faulty.fill(filling)
+    rows = page.rows(3, num_logprobs=[0, 2, 20])
+    try:
+        with Ops(faulty.library, "cuda") as ops:
+            scores = ops.sample(np.zeros((3, 40), np.float32), page.sampling(rows, None, 20))[1]
+    finally:
+        faulty.fill(0)
+
+    assert scores is not None
+    assert scores.token_ranks.tolist() == [0, 0, 0]
+    assert scores.top_ids[2].tolist() == [0] * 20
 
 
 def test_a_leak_would_be_noticed(faulty: Faulty, config: ModelConfig):

@@ -18,6 +18,7 @@ static cudaError_t error_code;
 static cudaError_t last_error;
 static long live;  // device allocations, streams and graphs given out and not yet back
 static const char *failed_call = "";
+static int filling;  // every byte of new memory
 
 EXPORT void cuda_faults_arm(long n, int code, int sticky) {
     calls = 0;
@@ -26,6 +27,9 @@ EXPORT void cuda_faults_arm(long n, int code, int sticky) {
     is_sticky = sticky;
     last_error = cudaSuccess;
     failed_call = "";
+}
+EXPORT void cuda_faults_fill(int value) {
+    filling = value;
 }
 EXPORT long cuda_faults_calls(void) {
     return calls;
@@ -128,7 +132,7 @@ cudaError_t cudaMalloc(void **memory, size_t bytes) {
     bytes = (bytes + 255) / 256 * 256;
     *memory = aligned_alloc(256, bytes);
     if (!*memory) return cudaErrorMemoryAllocation;
-    memset(*memory, 0, bytes);
+    memset(*memory, filling, bytes);
     ++live;
     return cudaSuccess;
 }

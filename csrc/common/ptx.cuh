@@ -38,6 +38,21 @@ __device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&d)[4], uint
                  : "memory");
 }
 
+// movmatrix (PTX ISA 9.7.14.5.17): an 8 x 8 tile of bf16 transposed; lane (group, quad) gives and receives
+// columns 2 quad and 2 quad + 1 of row group.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t a) {
+    uint32_t d;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+    return d;
+}
+
+// min (PTX ISA 9.7.3.11): the smaller of two, NaN if either is.
+__device__ __forceinline__ float min_or_nan(float a, float b) {
+    float result;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+    return result;
+}
+
 // cp.async (PTX ISA 9.7.9.25.3): 16 bytes from global to shared memory, past the L1 cache. Of the source
 // only the first source_bytes are read, the rest becomes zero.
 __device__ __forceinline__ void copy_async_16(uint32_t to_shared, const void *from, int source_bytes) {
@@ -101,6 +116,21 @@ __device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, int parit
         "}\n" ::"r"(barrier),
         "r"(parity)
         : "memory");
+}
+
+// Whether it has ended.
+__device__ __forceinline__ bool barrier_is_over(uint32_t barrier, int parity) {
+    int is_over;
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.b32 %0, 1, 0, done;\n"
+        "}\n"
+        : "=r"(is_over)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return is_over;
 }
 
 // cp.async.bulk (PTX ISA 9.7.9.25.4): contiguous bytes, a multiple of 16, from global to shared memory;

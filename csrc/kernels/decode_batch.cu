@@ -32,7 +32,8 @@ struct Carver {
     }
 };
 
-static size_t carve(BatchBuffers *buffers, const DecodeProblem &p, void *workspace) {
+static size_t carve(BatchBuffers *buffers, const DecodeProblem &p, int num_multiprocessors,
+                    void *workspace) {
     Carver carver = {static_cast<char *>(workspace), 0};
     size_t seqs = min(p.max_num_seqs, kBatchMaxSeqs);
     size_t rows = (seqs + kMostTokens - 1) / kMostTokens * kMostTokens;
@@ -45,15 +46,17 @@ static size_t carve(BatchBuffers *buffers, const DecodeProblem &p, void *workspa
     buffers->act = carver.take<bf16>(rows * p.intermediate_size);
     buffers->best_values = carver.take<float>(rows * tiles);
     buffers->best_ids = carver.take<int>(rows * tiles);
-    buffers->tickets = carver.take<unsigned>(rows * p.num_kv_heads);
-    buffers->segments =
-        carver.take<float>(seqs * p.num_heads * max_segments(p.max_seq_len) * kPartialColumns);
+    // Of the rows that start in one block of the attention, the last alone can go on in the next block.
+    size_t blocks = (size_t)num_multiprocessors;
+    buffers->tickets = carver.take<unsigned>(blocks);
+    buffers->segments = carver.take<char>(blocks * max_segments(p.max_seq_len) *
+                                          batch_partial_bytes(p.num_heads / p.num_kv_heads));
     return carver.used;
 }
 
-size_t batch_workspace_bytes(const DecodeProblem &problem) {
+size_t batch_workspace_bytes(const DecodeProblem &problem, int num_multiprocessors) {
     BatchBuffers buffers;
-    return carve(&buffers, problem, nullptr);
+    return carve(&buffers, problem, num_multiprocessors, nullptr);
 }
 
 // The launches that are the same for every step of the bucket.
@@ -130,10 +133,10 @@ Status launch_batch_step(const DecodeProblem &problem, const BatchIndex &batch, 
     step.max_segments = max_segments(problem.max_seq_len);
     step.bucket = kBuckets[bucket];
     step.tile_tokens = min(step.bucket, kMostTokens);
-    carve(&step.buffers, problem, workspace);
     TRY(CUDA_STATUS(cudaGetDevice(&device)));
     TRY(CUDA_STATUS(
         cudaDeviceGetAttribute(&step.num_multiprocessors, cudaDevAttrMultiProcessorCount, device)));
+    carve(&step.buffers, problem, step.num_multiprocessors, workspace);
     TRY(launch_batch_embedding(step, batch, stream));
     TRY(run_layers(step, bucket, stream));
     return launch_batch_output(step, batch, advance, stream);

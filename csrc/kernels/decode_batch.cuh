@@ -38,8 +38,8 @@ struct BatchBuffers {
     bf16 *act;           // packed, intermediate_size columns
     float *best_values;  // [num_seqs, vocabulary tiles]
     int *best_ids;       // [num_seqs, vocabulary tiles]
-    unsigned *tickets;   // [num_seqs, num_kv_heads], zero between uses
-    float *segments;     // [num_seqs, num_heads, max_segments, kPartialColumns]
+    unsigned *tickets;   // [num_multiprocessors], zero between uses
+    void *segments;      // [num_multiprocessors, max_segments], batch_partial_bytes each
 };
 
 // What the launches of a bucket depend on.
@@ -67,6 +67,7 @@ Status launch_batch_embedding(const BatchStep &step, const BatchIndex &batch, cu
 Status launch_batch_norm(const BatchStep &step, const bf16 *weight, cudaStream_t stream);
 Status launch_batch_qkv(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream);
 Status launch_batch_attention(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream);
+size_t batch_partial_bytes(int heads_per_kv_head);  // of a segment's result
 Status launch_batch_o(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream);
 Status launch_batch_gate_up(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream);
 Status launch_batch_down(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream);
@@ -76,6 +77,6 @@ Status launch_batch_output(const BatchStep &step, const BatchIndex &batch, bool 
                            cudaStream_t stream);
 
 // The step as a whole (decode_batch.cu).
-size_t batch_workspace_bytes(const DecodeProblem &problem);
+size_t batch_workspace_bytes(const DecodeProblem &problem, int num_multiprocessors);
 Status launch_batch_step(const DecodeProblem &problem, const BatchIndex &batch, bool advance,
                          void *workspace, cudaStream_t stream);

@@ -1,247 +1,272 @@
-// decode_batch_attention.cu -- attention of a decode batch: each warp works by itself.
+// decode_batch_attention.cu -- attention of a decode batch: a row's state goes from warp to warp.
 //
 //   out[t, h] = fold of segments, ascending, of folds of tiles, ascending
 //
 // Shapes    q [num_seqs, num_heads, 64]; out packed (decode_batch.cuh), k tile h being head h
 // Rounding  docs/numerics.md section 4
-// Mapping   persistent; a warp's task is some segments (of 1024 keys) of one sequence and kv head, as
-//           many as a warp has on the average: most rows are one task. It copies the halves of the tiles'
-//           K and V into a ring of its own, ahead of its work and across tasks, and folds tile after tile
-//           in registers. Of a row with several tasks the last warp to finish folds the segments
+// Mapping   persistent; a thread block takes a run of the line of all tiles (decode_batch_line.cuh), its
+//           eight warps the run's tiles in turn; a ninth copies K and V into a ring for each, ahead of
+//           their work. A warp folds its tile into what the warp before it hands over of the same segment
+//           and hands the result on. Of a row that blocks share, the last to finish folds the segments
 // Cost      256 bytes per key and kv head: memory-bound
-// See       decode_tile.cuh, twin/attention.c, tests/kernels/test_bits_decode_batch.py
+// See       decode_batch_tile.cuh, twin/attention.c, tests/kernels/test_bits_decode_batch.py
 
 #include <math.h>
 
 #include "decode_batch_pieces.cuh"
 
-// A warp's row g after some tiles: this lane's columns 8 f + 2 q and + 1.
-struct RowState {
-    float max, sum;
-    float values[kDimGroups][2];
+// A warp's part in handing states on: its own box, which the warp before it fills, and the next warp's. A
+// fresh barrier's phase before the first counts as ended.
+template <bool kPaired>
+struct Relay {
+    AttentionShared<kPaired> &shared;
+    int warp, next;
+    int receive_parity, send_parity;
 
-    __device__ __forceinline__ void fold(const RowState &next) {
-        float largest = fmaxf(max, next.max);
-        float keep = contract_exp2(__fsub_rn(max, largest)),
-              take = contract_exp2(__fsub_rn(next.max, largest));
-        max = largest;
-        sum = __fmaf_rn(next.sum, take, __fmul_rn(sum, keep));
-#pragma unroll
-        for (int f = 0; f < kDimGroups; ++f) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-                values[f][e] = __fmaf_rn(next.values[f][e], take, __fmul_rn(values[f][e], keep));
-        }
+    __device__ __forceinline__ Relay(AttentionShared<kPaired> &block_shared, int own_warp)
+        : shared(block_shared),
+          warp(own_warp),
+          next((own_warp + 1) % kWarps),
+          receive_parity(0),
+          send_parity(1) {}
+
+    __device__ __forceinline__ void await_turn() {
+        barrier_wait(shared_address(&shared.sent[warp]), receive_parity);
+        receive_parity ^= 1;
+    }
+    __device__ __forceinline__ void give_box_back() { barrier_arrive(shared_address(&shared.taken[warp])); }
+    __device__ __forceinline__ void send(const RowState &state) {
+        barrier_wait(shared_address(&shared.taken[next]), send_parity);
+        send_parity ^= 1;
+        shared.boxes[next].store(state);
+        barrier_arrive(shared_address(&shared.sent[next]));
     }
 };
 
 // Where the warp's work stands in its ring.
 struct PiecePlace {
+    uint32_t ring, full, empty;
     int slot = 0, parity = 0;
 
-    __device__ __forceinline__ void advance() {
+    __device__ __forceinline__ uint32_t await() const {
+        barrier_wait(full + slot * (int)sizeof(uint64_t), parity);
+        return ring + slot * kPieceBytes;
+    }
+    // The piece is read: its slot may take another.
+    __device__ __forceinline__ void give_back() {
+        barrier_arrive(empty + slot * (int)sizeof(uint64_t));
         slot = slot + 1 < kSlots ? slot + 1 : 0;
         parity ^= slot == 0;
     }
 };
 
-static __device__ __forceinline__ void attend_tile(RowState &state, PieceSource &source, PiecePlace &place,
+// The row's columns of heads that this lane loads and writes: g, and whether it is one.
+template <bool kPaired>
+struct LaneHead {
+    int group, index;
+    bool exists;
+
+    __device__ __forceinline__ explicit LaneHead(const AttentionArguments &args)
+        : group(args.num_heads / args.cache.num_kv_heads), index((int)threadIdx.x % kWarp / 4) {
+        exists = index < group;
+    }
+    __device__ __forceinline__ void load_query(uint32_t (&query)[kDimSteps][2],
+                                               const AttentionArguments &args, const TilePlace &at) const {
+        int column = index % (kPaired ? kPairedHeads : kMaxGroup);  // those that are none repeat the first
+        size_t row =
+            (size_t)at.sequence * args.num_heads + at.kv_head * group + (column < group ? column : 0);
+        const bf16 *from = args.q + row * kTileCols + threadIdx.x % 4 * 2;
+#pragma unroll
+        for (int s = 0; s < kDimSteps; ++s) {
+            query[s][0] = load_pair(from + s * NUMERICS_STEP);
+            query[s][1] = load_pair(from + s * NUMERICS_STEP + 8);
+        }
+    }
+    __device__ __forceinline__ void write(const RowState &state, const AttentionArguments &args,
+                                          const TilePlace &at) const {
+        float inverse[2] = {__frcp_rn(state.sum[0]), __frcp_rn(state.sum[1])};
+        size_t first = packed_row_offset(at.sequence, (at.kv_head * group + index) * kChunksPerRow,
+                                         args.num_heads, args.tile_tokens);
+#pragma unroll
+        for (int c = 0; c < kChunksPerRow; ++c) {
+            const float (&values)[4] = state.values[c / 2];
+            uint32_t pair = transpose_matrix(pack_bf16(__fmul_rn(values[c % 2 * 2], inverse[0]),
+                                                       __fmul_rn(values[c % 2 * 2 + 1], inverse[1])));
+            // Chunk c under the swizzle.
+            bf16 *to = args.out + (first ^ (c * kChunkValues)) + threadIdx.x % 4 * 2;
+            if (exists) *reinterpret_cast<uint32_t *>(to) = pair;
+        }
+    }
+};
+
+// `after_scores` is called when the query is no longer needed.
+template <bool kPaired, typename AfterScores>
+static __device__ __forceinline__ void attend_tile(RowState &state, PiecePlace &place,
                                                    const uint32_t (&query)[kDimSteps][2], int num_keys,
-                                                   float scale) {
-    int lane = (int)threadIdx.x % kWarp, q = lane % 4;
-    int num_steps = (num_keys + NUMERICS_STEP - 1) / NUMERICS_STEP;
-    int halves = (num_keys + kPieceKeys - 1) / kPieceKeys;
-    float scores[kKeyGroups][2];
-    uint32_t rows = 0;
-    // The piece is read: its slot takes the next one.
-    auto finish_piece = [&]() {
-        __syncwarp();
-        place.advance();
-        if (source.has_piece()) source.copy_piece();
-    };
+                                                   float scale, AfterScores after_scores) {
+    TileScores<kPaired> scores;
 #pragma unroll
-    for (int s = 0; s < kKeySteps; ++s) {
-        if (s % kStepsPerHalf == 0 && s / kStepsPerHalf < halves) {
-            barrier_wait(shared_address(&source.full[place.slot]), place.parity);
-            rows = source.ring + place.slot * kPieceBytes;
-        }
-        if (s < num_steps)
-            score_keys(scores[2 * s], scores[2 * s + 1], query, rows + s % kStepsPerHalf * kStepBytes);
-        if ((s + 1) * NUMERICS_STEP > num_keys) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                int key = s * NUMERICS_STEP + i / 2 * 8 + 2 * q + i % 2;
-                if (key >= num_keys) scores[2 * s + i / 2][i % 2] = __int_as_float(0xff800000);  // P is +0
-            }
-        }
-        if (s % kStepsPerHalf == kStepsPerHalf - 1 && s / kStepsPerHalf < halves) finish_piece();
+    for (int half = 0; half < 2; ++half) {
+        if (half * kPieceKeys >= num_keys) continue;
+        scores.score_half(half, query, place.await());
+        place.give_back();
     }
-    uint32_t p[kKeyGroups];
-    softmax_row(p, state.max, state.sum, scores, scale);
-    float out[kDimGroups][4] = {};
+    after_scores();
+    if (num_keys < NUMERICS_TILE) scores.mask(num_keys);
+    uint32_t weights[kKeySteps][2];
+    soften<kPaired>(weights, state, scores, scale);
 #pragma unroll
-    for (int s = 0; s < kKeySteps; ++s) {
-        if (s % kStepsPerHalf == 0 && s / kStepsPerHalf < halves) {
-            barrier_wait(shared_address(&source.full[place.slot]), place.parity);
-            rows = source.ring + place.slot * kPieceBytes;
-            // What follows the last key in its sixteen counts as zero, whatever the memory holds.
-            int end = num_steps * NUMERICS_STEP, half_end = (s / kStepsPerHalf + 1) * kPieceKeys;
-            if (num_keys < end && end <= half_end) {
-                for (int i = lane; i < (end - num_keys) * kChunksPerRow; i += kWarp)
-                    store_shared_zero_16(rows + (num_keys % kPieceKeys) * kKeyBytes + i * 16);
-                fence_async_proxy();  // they come before the copy that fills the slot again
-                __syncwarp();         // and before any lane reads them
-            }
-        }
-        if (s < num_steps) weigh_values(out, p[2 * s], p[2 * s + 1], rows + s % kStepsPerHalf * kStepBytes);
-        if (s % kStepsPerHalf == kStepsPerHalf - 1 && s / kStepsPerHalf < halves) finish_piece();
+    for (int f = 0; f < kDimTiles; ++f) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) state.values[f][i] = 0.0f;
     }
 #pragma unroll
-    for (int f = 0; f < kDimGroups; ++f) {
-        state.values[f][0] = out[f][0];
-        state.values[f][1] = out[f][1];
+    for (int half = 0; half < 2; ++half) {
+        int keys = num_keys - half * kPieceKeys;
+        if (keys <= 0) continue;
+        uint32_t rows = place.await();
+        if (keys < kPieceKeys) clear_rows(rows, keys);
+        weigh_half(state, half, weights, rows);
+        place.give_back();
     }
 }
 
-static __device__ __forceinline__ void write_row(const RowState &state, const AttentionArguments &args,
-                                                 const Task &task, int head) {
-    int q = (int)threadIdx.x % 4;
-    float inverse = __frcp_rn(state.sum);
-#pragma unroll
-    for (int f = 0; f < kDimGroups; ++f) {
-        bf16 *to = args.out + packed_row_offset(task.sequence, head * kChunksPerRow + f, args.num_heads,
-                                                args.tile_tokens);
-        *reinterpret_cast<uint32_t *>(to + 2 * q) =
-            pack_bf16(__fmul_rn(state.values[f][0], inverse), __fmul_rn(state.values[f][1], inverse));
-    }
-}
-
-// A segment's result to memory, by the lanes that hold a row.
-static __device__ __forceinline__ void store_segment(const RowState &state, float *segments, int segment) {
-    int q = (int)threadIdx.x % 4;
-    float *to = segments + segment * kPartialColumns;
-#pragma unroll
-    for (int f = 0; f < kDimGroups; ++f)
-        *reinterpret_cast<float2 *>(to + f * 8 + 2 * q) =
-            make_float2(state.values[f][0], state.values[f][1]);
-    if (q == 0) *reinterpret_cast<float2 *>(to + kTileCols) = make_float2(state.max, state.sum);
-}
-
-// Whether this warp is the last of its row's to come here.
-static __device__ __forceinline__ bool is_last_of_row(const AttentionArguments &args, const Task &task) {
-    fence_gpu();   // this lane's segments are out before the ticket
+// Whether nothing of the row is missing now that `added` of its segments are there.
+static __device__ __forceinline__ bool completes_row(unsigned *ticket, int added, int num_segments) {
+    fence_gpu();   // this lane's segments are out before the ticket, and those of whom it had the turn from
     __syncwarp();  // and every lane's
     int is_last = 0;
     if (threadIdx.x % kWarp == 0) {
-        unsigned *ticket = args.tickets + task.sequence * args.cache.num_kv_heads + task.kv_head;
-        is_last = atomicAdd(ticket, 1) == (unsigned)task.num_tasks - 1;
+        is_last = atomicAdd(ticket, (unsigned)added) == (unsigned)(num_segments - added);
         if (is_last) *ticket = 0;
     }
     is_last = __shfl_sync(kFullWarp, is_last, 0);
-    fence_gpu();  // the other warps' segments after their tickets
+    fence_gpu();  // the other blocks' segments after their tickets
     return is_last;
 }
 
-static __device__ __forceinline__ void fold_segments(RowState &row, const float *segments,
-                                                     int num_segments) {
-    int q = (int)threadIdx.x % 4;
-#pragma unroll 1
-    for (int i = 0; i < num_segments; ++i) {
-        const float *from = segments + i * kPartialColumns;
-        RowState part;
-#pragma unroll
-        for (int f = 0; f < kDimGroups; ++f) {
-            float2 v = __ldcg(reinterpret_cast<const float2 *>(from + f * 8 + 2 * q));
-            part.values[f][0] = v.x, part.values[f][1] = v.y;
-        }
-        float2 v = __ldcg(reinterpret_cast<const float2 *>(from + kTileCols));
-        part.max = v.x, part.sum = v.y;
-        if (i == 0) {
-            row = part;
-        } else {
-            row.fold(part);
-        }
+// A row that blocks share. Its place in memory is that of the block with its first tile, whose part of the
+// row is one result, at that part's last segment; of the others every segment is one.
+template <bool kPaired>
+struct SharedRow {
+    StateBox<kPaired> *segments;
+    unsigned *ticket;
+    int first_stored, num_segments;
+
+    __device__ __forceinline__ SharedRow(const AttentionArguments &args, int line,
+                                         const TileCursor &cursor) {
+        int block = block_of(line, cursor.row_start(), gridDim.x);
+        segments = static_cast<StateBox<kPaired> *>(args.segments) + (size_t)block * args.max_segments;
+        ticket = args.tickets + block;
+        first_stored = segments_of(run_start(line, block + 1, (int)gridDim.x) - cursor.row_start()) - 1;
+        num_segments = segments_of(cursor.num_tiles);
     }
+    // With this block's part complete: whether the row is, and then the row.
+    __device__ __forceinline__ bool finish(RowState &row, const TileCursor &cursor) const {
+        int added = segments_of(cursor.end_own()) - segments_of(cursor.first_own());
+        if (!completes_row(ticket, added, num_segments)) return false;
+        segments[first_stored].load_far(row);
+#pragma unroll 1
+        for (int i = first_stored + 1; i < num_segments; ++i) {
+            RowState next;
+            segments[i].load_far(next);
+            fold(row, row, next);
+        }
+        return true;
+    }
+};
+
+// One tile's result folded into its row and handed on.
+template <bool kPaired>
+static __device__ __forceinline__ void join_row(RowState &state, const AttentionArguments &args,
+                                                AttentionShared<kPaired> &shared, const TileCursor &cursor,
+                                                Relay<kPaired> &relay, const LaneHead<kPaired> &head) {
+    int tile = cursor.at.tile, first = cursor.first_own(), end = cursor.end_own();
+    bool ends_part = tile == end - 1, is_shared = first > 0 || end < cursor.num_tiles;
+    bool ends_segment = ends_part || tile % NUMERICS_SEGMENT == NUMERICS_SEGMENT - 1;
+    bool in_segment = tile % NUMERICS_SEGMENT > 0;
+    // Where a segment starts, nothing but the turn is handed over. It guards the row's box too: when the
+    // next row's first segment ends, every warp has had one of its tiles.
+    if (tile > first) relay.await_turn();
+    RowState before;
+    if (in_segment) {
+        shared.boxes[relay.warp].load(before);
+        fold(state, before, state);
+    }
+    if (ends_segment && first == 0 && tile >= NUMERICS_SEGMENT) {
+        shared.row.load(before);
+        fold(state, before, state);
+    }
+    if (tile > first) relay.give_box_back();
+    if (!ends_part) {
+        if (ends_segment && first == 0) shared.row.store(state);
+        if (ends_segment && first > 0)
+            SharedRow<kPaired>(args, shared.line, cursor).segments[tile / NUMERICS_SEGMENT].store(state);
+        relay.send(state);
+        return;
+    }
+    if (is_shared) {
+        SharedRow<kPaired> row(args, shared.line, cursor);
+        row.segments[tile / NUMERICS_SEGMENT].store(state);
+        if (!row.finish(state, cursor)) return;
+    }
+    head.write(state, args, cursor.at);
 }
 
-static __device__ __forceinline__ void attend(const AttentionArguments &args, PieceSource &source,
-                                              PiecePlace &place, const Task &task) {
-    int lane = (int)threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
-    int group = args.num_heads / args.cache.num_kv_heads;
-    bool is_row = g < group;
-    int head = task.kv_head * group + (is_row ? g : 0);  // rows beyond repeat the first
-    size_t row_index = (size_t)task.sequence * args.num_heads + head;
-    float *segments = args.segments + row_index * args.max_segments * kPartialColumns;
+template <bool kPaired>
+static __device__ __forceinline__ void consume(AttentionShared<kPaired> &shared,
+                                               const AttentionArguments &args, uint32_t rings) {
+    int warp = (int)threadIdx.x / kWarp;
+    TileCursor cursor(shared, args.cache.num_kv_heads, warp);
+    PiecePlace place;
+    place.ring = rings + warp * kSlots * kPieceBytes;
+    place.full = shared_address(shared.full[warp]);
+    place.empty = shared_address(shared.empty[warp]);
+    LaneHead<kPaired> head(args);
+    Relay<kPaired> relay(shared, warp);
     uint32_t query[kDimSteps][2];
-#pragma unroll
-    for (int s = 0; s < kDimSteps; ++s) {
-        query[s][0] = load_pair(args.q + row_index * kTileCols + s * NUMERICS_STEP + 2 * q);
-        query[s][1] = load_pair(args.q + row_index * kTileCols + s * NUMERICS_STEP + 2 * q + 8);
-    }
-    RowState row, segment, tile;
+    wait_for_previous_kernel();
+    if (cursor.is_valid()) head.load_query(query, args, cursor.at);
 #pragma unroll 1
-    for (int i = 0; i < task.num_tiles; ++i) {
-        attend_tile(tile, source, place, query, task.num_keys(task.first_tile + i), args.scale);
-        if (i % NUMERICS_SEGMENT == 0) {
-            segment = tile;
-        } else {
-            segment.fold(tile);
-        }
-        if (i % NUMERICS_SEGMENT != NUMERICS_SEGMENT - 1 && i != task.num_tiles - 1) continue;
-        if (task.num_tasks > 1) {
-            if (is_row) store_segment(segment, segments, (task.first_tile + i) / NUMERICS_SEGMENT);
-        } else if (i < NUMERICS_SEGMENT) {
-            row = segment;
-        } else {
-            row.fold(segment);
-        }
+    while (cursor.is_valid()) {
+        TileCursor next = cursor;
+        next.advance(kWarps);
+        RowState state;
+        attend_tile<kPaired>(state, place, query, cursor.num_keys(), args.scale, [&]() {
+            if (next.is_valid()) head.load_query(query, args, next.at);
+        });
+        join_row(state, args, shared, cursor, relay, head);
+        cursor = next;
     }
-    if (task.num_tasks > 1) {
-        if (!is_last_of_row(args, task)) return;
-        fold_segments(row, segments, task.num_segments());
-    }
-    if (is_row) write_row(row, args, task, head);
 }
 
+template <bool kPaired>
 static __global__ void __launch_bounds__(kThreads, 1)
     batch_attention_kernel(const __grid_constant__ AttentionArguments args) {
     extern __shared__ unsigned char raw[];
-    __shared__ AttentionShared shared;
-    int warp = (int)threadIdx.x / kWarp, lane = (int)threadIdx.x % kWarp;
-    if (lane < kSlots) barrier_init(shared_address(&shared.full[warp][lane]), 1);
-    if (lane < kSlots) barrier_init_fence();
+    __shared__ AttentionShared<kPaired> shared;
+    int thread = (int)threadIdx.x;
+    if (thread < kWarps * kSlots) {
+        barrier_init(shared_address(&shared.full[0][thread]), 1);
+        barrier_init(shared_address(&shared.empty[0][thread]), kWarp);
+        if (thread < kWarps) barrier_init(shared_address(&shared.sent[thread]), kWarp);
+        if (thread < kWarps) barrier_init(shared_address(&shared.taken[thread]), kWarp);
+        barrier_init_fence();
+    }
     let_next_kernel_start();
     // The kernel before this one let it start after its own wait: the header is there, and the keys and
     // values of earlier steps.
-    deal_tasks(shared, args);
-    uint32_t base = (shared_address(raw) + kAlignment - 1) / kAlignment * kAlignment;
-    int num_tasks = shared.first_task[shared.num_seqs];
-    // Neighbouring tasks go to different multiprocessors.
-    int first = warp * (int)gridDim.x + (int)blockIdx.x, stride = kWarps * (int)gridDim.x;
-    PieceSource source = {shared,
-                          args,
-                          base + warp * kSlots * kPieceBytes,
-                          shared.full[warp],
-                          first,
-                          stride,
-                          num_tasks,
-                          {},
-                          0,
-                          0,
-                          0,
-                          {}};
-    PiecePlace place;
-    bool has_task = source.take_task();
-    int num_copied = 0;
-#pragma unroll 1
-    for (; has_task && num_copied < kSlots && source.has_piece() && source.is_old(); ++num_copied)
-        source.copy_piece();
-    wait_for_previous_kernel();
-#pragma unroll 1
-    for (; has_task && num_copied < kSlots && source.has_piece(); ++num_copied) source.copy_piece();
-#pragma unroll 1
-    for (int number = first; number < num_tasks; number += stride)
-        attend(args, source, place, find_task(shared, args, number));
+    deal_tiles(shared, args);
+    uint32_t rings = (shared_address(raw) + kAlignment - 1) / kAlignment * kAlignment;
+    if (thread >= kConsumers) {
+        copy_pieces(shared, args, rings);
+    } else {
+        consume(shared, args, rings);
+    }
+}
+
+size_t batch_partial_bytes(int group) {
+    return group <= kPairedHeads ? sizeof(StateBox<true>) : sizeof(StateBox<false>);
 }
 
 Status launch_batch_attention(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream) {
@@ -256,6 +281,10 @@ Status launch_batch_attention(const BatchStep &step, const DecodeLayer &layer, c
     args.max_segments = step.max_segments;
     args.tile_tokens = step.tile_tokens;
     args.scale = (float)(1.4426950408889634074 / sqrt((double)kTileCols));
-    return launch_chained(batch_attention_kernel, dim3((unsigned)step.num_multiprocessors), kThreads,
-                          kRingBytes + kAlignment, 1, stream, args);
+    args.block_shift = 0;
+    while (1 << args.block_shift < layer.cache.block_size) ++args.block_shift;
+    bool is_paired = step.problem.num_heads / step.problem.num_kv_heads <= kPairedHeads;
+    return launch_chained(is_paired ? batch_attention_kernel<true> : batch_attention_kernel<false>,
+                          dim3((unsigned)step.num_multiprocessors), kThreads, kRingBytes + kAlignment, 1,
+                          stream, args);
 }

@@ -153,7 +153,7 @@ extern "C" Status cuda_decode_workspace_bytes(size_t *bytes, const DecodeProblem
     bool is_served = are_enough(num_blocks, p->hidden_size) && p->hidden_size <= kMaxHidden &&
                      p->intermediate_size <= kMaxIntermediate &&
                      p->num_heads / p->num_kv_heads <= kMaxGroup && p->num_layers <= kMaxLayers;
-    *bytes = is_served ? step_workspace_bytes(p) + batch_workspace_bytes(*p) : 0;
+    *bytes = is_served ? step_workspace_bytes(p) + batch_workspace_bytes(*p, num_blocks) : 0;
     return STATUS_OK;
 }
 

@@ -9,7 +9,7 @@ from verification.teeth.plan import from_mutant
 from verification.teeth.properties import (
     PAGE,
     Property,
-    checks_of,
+    check_of,
     chosen,
     found_by,
     read_page,
@@ -33,20 +33,20 @@ ONE, TWO = (
 )
 
 
-def answer(path: str, *failed: str, status: str = KILLED) -> Answer:
-    return Answer(path, status, "", "", None, failed, 1.0)
-
-
-def result(name: str, *answers: Answer) -> Result:
-    return Result(name, "ok", answers)
+def result(name: str, *failed: str, status: str = KILLED) -> Result:
+    return Result(name, "ok", (Answer("properties", status, "", "", None, failed, 1.0),))
 
 
 def test_the_page_is_read_and_what_needs_a_device_is_left_to_its_lane():
     assert read_page(ROWS) == [ONE, TWO]
-    assert [c.request for c in checks_of([ONE, TWO])] == [
-        {"kind": "properties", "path": "tests/twin/a.py", "names": ["test_a", "test_c"]},
-        {"kind": "properties", "path": "tests/system/b.py", "names": ["test_b"]},
-    ]
+    assert check_of([ONE, TWO]).request == {
+        "kind": "properties",
+        "tests": [
+            "tests/twin/a.py::test_a",
+            "tests/system/b.py::test_b",
+            "tests/twin/a.py::test_c",
+        ],
+    }
 
 
 def test_every_property_of_the_page_that_a_cpu_can_show_is_asked():
@@ -57,21 +57,20 @@ def test_every_property_of_the_page_that_a_cpu_can_show_is_asked():
 
 
 def test_a_property_finds_a_fault_by_any_of_its_tests():
-    alive = answer("tests/twin/a.py", status=ALIVE)
     found = found_by(
         [ONE, TWO],
         [
-            result("first", alive, answer("tests/system/b.py", "test_b")),
-            result("both", answer("tests/twin/a.py", "test_a", "test_c")),
-            result("none", alive),
+            result("first", "tests/system/b.py::test_b"),
+            result("both", "tests/twin/a.py::test_a", "tests/twin/a.py::test_c"),
+            result("none", status=ALIVE),
         ],
     )
 
     assert found == {"first": ["1"], "both": ["1", "2, 3"], "none": []}
 
 
-def test_a_crash_fails_every_test_of_its_file():
-    assert found_by([ONE, TWO], [result("x", answer("tests/twin/a.py"))]) == {"x": ["1", "2, 3"]}
+def test_a_crash_fails_every_test():
+    assert found_by([ONE, TWO], [result("x")]) == {"x": ["1", "2, 3"]}
 
 
 @pytest.fixture
@@ -102,12 +101,18 @@ def test_the_pages_section_is_made_anew_each_time_and_names_no_further_property(
     assert read_page(page) == [ONE, TWO]
 
 
-def test_the_faults_are_those_of_the_museum_and_a_part_of_the_others():
-    some, every = chosen(4), chosen(1)
+def test_the_faults_are_of_what_computes_in_an_order_that_does_not_change():
+    planted = chosen()
 
-    assert {each.id for each in some} < {each.id for each in every}
-    assert not any(each.is_legal for each in every)
-    assert any(each.id.startswith("museum-") for each in some)
+    assert planted == chosen()
+    assert not any(each.is_legal for each in planted)
+    files = {each.edit.file for each in planted}
+    assert {"csrc/twin/attention.c", "engine/scheduler.py"} <= files
+    assert "engine/answer_text.py" not in files
+
+
+def test_a_test_is_known_by_its_file_and_function():
+    assert fork_server._bare("tests/a.py::TestIt::test_b[x::y-1]") == "tests/a.py::test_b"
 
 
 @pytest.mark.parametrize(

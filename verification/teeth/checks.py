@@ -60,7 +60,7 @@ class Check:
     @property
     def level(self) -> str:
         """The level at which it finds; verify tells its own, this is its lowest."""
-        if self.kind in (TESTS, PROPERTIES):
+        if self.kind == TESTS:
             return LEVEL_OF_TESTS.get("/".join(self.label.split("/")[:2]), "system")
         return "operator" if self.kind == VERIFY else "system"
 

@@ -215,32 +215,39 @@ def _tests(request: dict, tests: list[str], marks: str) -> dict:
     return {"status": "broken", "why": f"pytest left with {int(status)}, {counts}"}
 
 
-def _properties(request: dict, path: str, names: list[str]) -> dict:
-    """Some tests of a file, a few cases of each, all that fail."""
+def _properties(request: dict, tests: list[str]) -> dict:
+    """Some tests, a few cases of each, and all of them that fail."""
     import pytest
 
     class Chooser:
         passed, failed = 0, set()
 
         def pytest_collection_modifyitems(self, items):
-            mine = [item for item in items if item.originalname in names]
+            mine = [item for item in items if _bare(item.nodeid) in tests]
             items[:] = _a_few_of_each(mine, MOST_CASES)
 
         def pytest_runtest_logreport(self, report):
             self.passed += report.when == "call" and report.passed
             if report.failed:
-                self.failed.add(report.nodeid.partition("[")[0].rpartition("::")[2])
+                self.failed.add(_bare(report.nodeid))
 
     chooser = Chooser()
     options = ["-q", "--no-header", "-p", "no:cacheprovider", "-m", "not slow and not gpu", FINDS]
-    status = pytest.main([*options, f"--rootdir={request['tree']}", path], plugins=[chooser])
+    files = dict.fromkeys(test.partition("::")[0] for test in tests)
+    status = pytest.main([*options, f"--rootdir={request['tree']}", *files], plugins=[chooser])
     if chooser.failed:
-        return {"status": "killed", "by": path, "levels": sorted(chooser.failed)}
+        return {"status": "killed", "by": "properties", "levels": sorted(chooser.failed)}
     if status == 0 and chooser.passed:
         return {"status": "alive", "by": "properties"}
     if status == 2:  # nothing could be collected: the tree does not even import
-        return {"status": "killed", "by": "import", "levels": names}
+        return {"status": "killed", "by": "import"}
     return {"status": "broken", "why": f"pytest left with {int(status)}, {chooser.passed} passed"}
+
+
+def _bare(nodeid: str) -> str:
+    """A test's file and function, without its class and its parameters."""
+    path, *names = nodeid.partition("[")[0].split("::")
+    return f"{path}::{names[-1]}"
 
 
 def _a_few_of_each(items: list, most: int) -> list:

@@ -38,7 +38,7 @@ class Keys:
         edit = None if planted is None else asdict(planted.edit)
         tested = ""
         if check.kind in (TESTS, PROPERTIES):
-            paths = (check.label.partition("::")[0],)
+            paths = tuple(dict.fromkeys(t.partition("::")[0] for t in check.request["tests"]))
             tested = self._hash(paths) + self._hash(("tests/",))
         return _sha256("answer", self._hash(PRODUCT), tested, edit, check.request)
 

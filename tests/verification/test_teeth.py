@@ -24,8 +24,9 @@ from verification.teeth.plan import (
     from_mutant,
     from_tested,
 )
-from verification.teeth.report import record
+from verification.teeth.report import Controls, record
 
+ONE = Controls(1)
 SILU = "csrc/twin/silu_and_mul.c"
 TESTED = TestedFault(
     "tested", "engine/batch.py", "a fault", "a", "b", ("tests/engine/test_batch.py", "tests/system")
@@ -173,7 +174,7 @@ class TestTheMatrix:
         generated = replace(from_tested(TESTED), group=GENERATED)
         killed = row(generated, answer(generated.checks[0].label), equivalent=True)
 
-        made = record([killed, killed], (), (), 1, CPU, 0.0)
+        made = record([killed, killed], (), (), ONE, CPU, 0.0)
 
         assert Tally((killed,)).wrongly_listed == (killed,)
         assert not made.passed
@@ -181,12 +182,23 @@ class TestTheMatrix:
     def test_groups_that_were_not_run_are_told(self):
         killed = answer("verify", named=of_catalogue().expected, levels=("local",))
 
-        made = record([row(of_catalogue(), killed)], (), (), 1, CPU, 0.0)
+        made = record([row(of_catalogue(), killed)], (), (), ONE, CPU, 0.0)
 
         assert (made.name, made.title) == ("teeth-cpu-hand", "Kill matrix, CPU lane: hand")
         assert made.command == 'make teeth ARGS="--groups hand --record"'
         assert made.tables[0].title == "Not run"
         assert made.tables[0].rows == ((MUSEUM,), (GENERATED,))
+
+    def test_a_check_that_failed_without_a_fault_fails_the_record_of_the_rest(self):
+        good = row(
+            of_catalogue(), answer("verify", named=of_catalogue().expected, levels=("local",))
+        )
+
+        made = record([good], (), (), Controls(3, 1), CPU, 0.0)
+
+        assert not made.passed
+        words = "checks that fail without a fault, or do not answer"
+        assert Score(words, 1, 4, at_most=0.0) in made.scores
 
     def test_one_survivor_of_the_catalogue_fails_the_record(self):
         good = row(
@@ -194,8 +206,8 @@ class TestTheMatrix:
         )
         bad = row(of_catalogue(), answer("verify", ALIVE), answer("bits", ALIVE))
 
-        assert record([good], (), (), 1, CPU, 0.0).passed
-        made = record([good, bad], (), (), 1, CPU, 0.0)
+        assert record([good], (), (), ONE, CPU, 0.0).passed
+        made = record([good, bad], (), (), ONE, CPU, 0.0)
         assert not made.passed
         assert Score("hand catalogue: killed", 1, 2, at_least=1.0) in made.scores
 
@@ -284,15 +296,16 @@ class TestTheArena:
         _, planted, cache = results
 
         assert arena.run(planted, CPU, Cache(cache), seconds=-1) == []
-        made = record([row(of_catalogue(), answer("verify"))], (), (), 1, CPU, 0.0, None, planted)
+        made = record([row(of_catalogue(), answer("verify"))], (), (), ONE, CPU, 0.0, None, planted)
         assert made.tables[0].rows == ((GENERATED, len(planted)),)
 
     def test_a_check_that_fails_without_a_fault_ends_the_run(self, tmp_path):
         missing = checks.tests("tests/no_such_test.py")
         planted = made("break", "pass", missing, file="engine/block_manager.py")
 
-        with pytest.raises(TeethError, match="gives no answer"):
+        with pytest.raises(TeethError, match="gives no answer") as raised:
             arena.run([planted], CPU, Cache(None))
+        assert raised.value.results == [] and raised.value.num_problems == 1
 
 
 class TestTheForkServer:

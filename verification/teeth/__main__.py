@@ -32,7 +32,7 @@ from verification.teeth.plan import (
     hand_made,
     of_device,
 )
-from verification.teeth.report import record
+from verification.teeth.report import Controls, record
 
 CACHES = ROOT / "build" / "teeth"
 COUNT = {CPU: 300, GPU: 100}  # generated faults of a full run
@@ -101,9 +101,14 @@ def _run(
     if options.fresh:
         path.unlink(missing_ok=True)
     cache = arena.Cache(path)
-    results = arena.run(
-        planted, device, cache, options.jobs, report=_progress, seconds=options.seconds
-    )
+    num_problems = 0
+    try:
+        results = arena.run(
+            planted, device, cache, options.jobs, report=_progress, seconds=options.seconds
+        )
+    except arena.RunError as error:  # what it came to is recorded, and that it met problems
+        print(f"error: {error}")
+        results, num_problems = error.results, error.num_problems
     equivalents = load_equivalents()
     tried = {result.id for result in results}
     left_out = [each for each in planted if each.id not in tried]
@@ -113,7 +118,8 @@ def _run(
     gpu = _gpu_name() if device == GPU else None
     # Of all answers, those of earlier runs too, whatever the clock of this run says.
     seconds = sum(answer.seconds for result in results for answer in result.answers)
-    made = record(rows, load_exhibits(), equivalents, len(controls), device, seconds, gpu, left_out)
+    controls = Controls(len(controls), num_problems)
+    made = record(rows, load_exhibits(), equivalents, controls, device, seconds, gpu, left_out)
     return made, rows
 
 

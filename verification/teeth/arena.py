@@ -42,6 +42,15 @@ PROBLEM = "no answer"
 Report = Callable[[int, int, str], None]  # done, total, the last one's id or its PROBLEM
 
 
+class RunError(TeethError):
+    """What a run came to all the same, and how many problems it met."""
+
+    def __init__(self, message: str, results: list["Result"], num_problems: int) -> None:
+        super().__init__(message)
+        self.results = results
+        self.num_problems = num_problems
+
+
 @dataclass(frozen=True)
 class Answer:
     """What one check said of one fault.
@@ -128,7 +137,7 @@ def run(
     Raises:
         CatalogueError: an edit does not apply.
         BuildError: the unmutated tree does not compile, or a fault made by hand does not.
-        TeethError: checks fail on the unmutated tree, or give no answer; all are named, when all
+        RunError: checks fail on the unmutated tree, or give no answer; all are named, when all
             that does not need them is done.
     """
     results: list[Result] = []
@@ -150,7 +159,7 @@ def run(
             for future in waiting:
                 future.cancel()
     if problems:
-        raise TeethError("\n".join(dict.fromkeys(problems)))
+        raise RunError("\n".join(dict.fromkeys(problems)), results, len(set(problems)))
     return results
 
 

@@ -170,7 +170,8 @@ def gpu_tests(root: Path) -> tuple[str, ...]:
     """Every test file with tests that need a device."""
     folders = ("tests/kernels", "tests/system", "tests/runtime")
     found = [path for folder in folders for path in _test_files(folder, root)]
-    return tuple(p for p in found if "mark.gpu" in (root / p).read_text(encoding="utf-8"))
+    texts = {path: (root / path).read_text(encoding="utf-8") for path in found}
+    return tuple(p for p, text in texts.items() if "mark.gpu" in text or "runner_of" in text)
 
 
 @cache

@@ -5,6 +5,7 @@ Knows rows and words; what counts is matrix.py's, what the page looks like evide
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from verification.evidence import Evidence, Score, Table, evidence
 from verification.mutants.faults import GPU
@@ -25,11 +26,19 @@ QUESTION = (
 )
 
 
+@dataclass(frozen=True)
+class Controls:
+    """Checks of the tree without a fault: how many passed, and how many did not."""
+
+    num_passed: int
+    num_problems: int = 0
+
+
 def record(
     rows: Sequence[Row],
     exhibits: Sequence[Exhibit],
     equivalents: Sequence[Equivalent],
-    num_controls: int,
+    controls: Controls,
     device: str,
     seconds: float,
     gpu: str | None = None,
@@ -38,8 +47,7 @@ def record(
     """The record of one lane; one of some groups carries their names.
 
     Args:
-        num_controls: checks that passed without a fault.
-        left_out: faults that were not tried; no share of them is claimed.
+        left_out: faults without an answer; no share of them is claimed.
     """
     asked = dict.fromkeys(row.planted.group for row in rows)
     by_group = {
@@ -52,7 +60,7 @@ def record(
         f"Kill matrix, {device.upper()} lane" + (f": {', '.join(asked)}" if is_part else ""),
         QUESTION.format(levels=", ".join(LEVELS)),
         "make teeth" + (" DEVICE=cuda" if device == GPU else "") + _arguments(asked, is_part),
-        tuple(_scores(by_group, num_controls)),
+        tuple(_scores(by_group, controls)),
         tuple(_tables(by_group, exhibits, equivalents, left_out)),
         seconds,
         gpu,
@@ -63,7 +71,7 @@ def _arguments(asked: Iterable[str], is_part: bool) -> str:
     return f' ARGS="--groups {",".join(asked)} --record"' if is_part else ""
 
 
-def _scores(by_group: dict[str, Tally], num_controls: int):
+def _scores(by_group: dict[str, Tally], controls: Controls):
     names = {CATALOGUE: "hand catalogue", MUSEUM: "bug museum"}
     for group, name in names.items():
         tally = by_group[group]
@@ -86,7 +94,11 @@ def _scores(by_group: dict[str, Tally], num_controls: int):
         yield Score("listed as equivalent, but killed", wrongly, listed, at_most=0.0)
     legal = [row for each in by_group.values() for row in each.rows if row.planted.is_legal]
     alarms = sum(row.is_false_alarm for row in legal)
-    total = len(legal) + num_controls
+    if controls.num_problems:
+        asked = controls.num_passed + controls.num_problems
+        what = "checks that fail without a fault, or do not answer"
+        yield Score(what, controls.num_problems, asked, at_most=0.0)
+    total = len(legal) + controls.num_passed
     yield Score("correct engines and legal variants wrongly failed", alarms, total, at_most=0.0)
 
 
@@ -98,7 +110,7 @@ def _tables(
 ):
     if left_out:
         counts = Counter(each.group for each in left_out)
-        note = "The time that was given ended before they began; they are in no count."
+        note = "The time ended before they began, or a check gave no answer; they are in no count."
         yield Table("Not tried", ("group", "faults"), tuple(counts.items()), note)
     if missing := [group for group, tally in by_group.items() if not tally.rows]:
         note = "No share of these is claimed here."

@@ -1,5 +1,4 @@
-// numerics.h -- the constants of docs/numerics.md, for C and CUDA alike. Whoever changes one raises the
-// version.
+// numerics.h -- the constants of docs/numerics.md, for C and CUDA; whoever changes one raises the version.
 
 #pragma once
 

@@ -1,11 +1,13 @@
-// embedding.cu -- look up each token's row of the embedding table, which lies packed as the lm_head wants
-// it.
+// embedding.cu -- look up each token's row of the embedding table, packed as the lm_head wants it.
 //
 //   out[t] = table[ids[t]]
 //
-// Shapes    table [vocab_size, hidden_size] packed (common/tile.cuh); ids [num_tokens]; out [num_tokens,
-// hidden_size] Rounding  none: a copy Mapping   one thread block per token, one chunk of 16 bytes per
-// thread and step Cost      4 bytes per value: memory-bound Source    transformers LlamaModel.embed_tokens
+// Shapes    table [vocab_size, hidden_size] packed (common/tile.cuh); ids [num_tokens];
+//           out [num_tokens, hidden_size]
+// Rounding  none: a copy
+// Mapping   one thread block per token, one chunk of 16 bytes per thread and step
+// Cost      4 bytes per value: memory-bound
+// Source    transformers LlamaModel.embed_tokens
 // See       twin/embedding.c, tests/kernels/test_bits_copies.py
 
 #include "../common/cuda_status.h"

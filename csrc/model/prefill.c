@@ -1,7 +1,6 @@
 // prefill.c -- a decoder layer for many tokens, through the backend's fused operations.
 //
-// The same bits as forward.c, operation by operation; where taps want the values in between, forward.c
-// runs.
+// The same bits as forward.c, operation by operation; where taps want the values in between, that runs.
 //
 // See       kernels/qkv_linear.cu, gated_linear.cu, linear_add.cu, tests/system/test_fused_prefill.py
 

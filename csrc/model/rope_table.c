@@ -3,8 +3,7 @@
 //   angle[p, i] = p * f_i,  f_i = theta^(-2i/head_dim), llama3 scaling bends the low frequencies
 //
 // Shapes    table [max_positions, head_dim] bf16: cos of the head_dim/2 pairs, then their sin
-// Rounding  pow, cos and sin in float64 and rounded once to float32, so that no C library's float32
-// versions
+// Rounding  pow, cos and sin in float64 and rounded once to float32, so that no C library's float32 ones
 //           enter the bits; everything between in float32 as transformers computes it; to bf16 at the end
 // Source    transformers modeling_rope_utils.py (default and llama3); docs/numerics.md section 6
 // See       tests/model/test_rope_table.py

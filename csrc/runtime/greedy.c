@@ -1,5 +1,4 @@
-// greedy.c -- several greedy steps in one call: on the backend's fused step, or one forward pass after
-// another.
+// greedy.c -- several greedy steps in one call: on the backend's fused step, or forward pass by pass.
 
 #include <stdlib.h>
 #include <string.h>

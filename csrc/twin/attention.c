@@ -1,14 +1,14 @@
-// attention.c -- causal attention over a paged cache: tiles on absolute positions, folded in one written
-// order.
+// attention.c -- causal attention over a paged cache: tiles on absolute positions, folded in one order.
 //
-//   per tile: r = q Kᵀ, m = max(r) scale, P = bf16(exp2(r scale - m)), l = sum P, O = P V;  then fold (m,
-//   l, O)
+//   per tile: r = q Kᵀ, m = max(r) scale, P = bf16(exp2(r scale - m)), l = sum P, O = P V
+//   then fold (m, l, O)
 //
 // Shapes    q, out [num_tokens, num_heads, head_dim]; cache as in KvLayer; bf16
 // Rounding  scores, m, l, O in float32; P and the result to bf16
-// Mapping   one task per sequence, kv head and run of query tokens; rows = query tokens x heads of the
-// group Source    docs/numerics.md section 4; Milakov & Gimelshein, arXiv:1805.02867 (the fold) See
-// kernels/attention_*.cu, tests/twin/test_attention.py
+// Mapping   one task per sequence, kv head and run of query tokens;
+//           rows = query tokens x heads of the group
+// Source    docs/numerics.md section 4; Milakov & Gimelshein, arXiv:1805.02867 (the fold)
+// See       kernels/attention_*.cu, tests/twin/test_attention.py
 
 #include "exp2.h"
 #include "kv_cache.h"
@@ -24,8 +24,7 @@ enum {
     DIM_STEPS = HEAD_DIM / NUMERICS_STEP,
 };
 
-// A partial softmax over some keys: their maximum score, the sum of P, and P V; empty before the first
-// tile.
+// A partial softmax over some keys: their maximum score, the sum of P, and P V; empty before the first.
 typedef struct Partial {
     int is_empty;
     float max;
@@ -126,8 +125,7 @@ static float quad_sum(const float *p) {
     return (quad[0] + quad[1]) + (quad[2] + quad[3]);
 }
 
-// P of one row from its scores; only the first num_keys keys are allowed. Returns the tile's maximum and
-// sum.
+// P of one row from its scores; only the first num_keys keys are allowed. Returns its maximum and sum.
 static Partial softmax_row(float *p_value, int32_t *p_exponent, const float *score, int num_keys,
                            float scale) {
     float largest = score[0];

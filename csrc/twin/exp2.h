@@ -1,7 +1,7 @@
 // exp2.h -- the contract's exp2: one polynomial for softmax and SiLU, on every backend the same bits.
 //
 // Source    docs/numerics.md section 3
-// See       kernels/exp2.cuh, tests/twin/test_exp2.py
+// See       common/exp2.cuh, tests/twin/test_exp2.py
 
 #pragma once
 #include <math.h>

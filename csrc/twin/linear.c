@@ -1,11 +1,10 @@
-// linear.c -- y = x Wᵀ as the tensor cores compute it: chains of k16 steps in chunks, chunk sums added in
-// order.
+// linear.c -- y = x Wᵀ as the tensor cores compute it: chains of k16 steps in chunks.
 //
-//   chunk_j = chain of steps over k in [j KC, (j+1) KC) from zero;  y = ((chunk_0 + chunk_1) + chunk_2) +
-//   ...
+//   chunk_j = chain of steps over k in [j KC, (j+1) KC) from zero;  y = (chunk_0 + chunk_1) + chunk_2 ..
 //
-// Shapes    x [num_tokens, in_features], weight [out_features, in_features] packed, out [num_tokens,
-// out_features] Rounding  the step's cuts; chunk sums in float32; to bf16 at the end, but not for logits
+// Shapes    x [num_tokens, in_features], weight [out_features, in_features] packed,
+//           out [num_tokens, out_features]
+// Rounding  the step's cuts; chunk sums in float32; to bf16 at the end, but not for logits
 // Mapping   one task per 32 tokens and 64 outputs; which thread takes it does not matter
 // Source    docs/numerics.md section 2
 // See       kernels/linear_*.cu, tests/twin/test_linear.py

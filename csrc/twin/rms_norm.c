@@ -4,8 +4,8 @@
 //
 // Shapes    x, out [num_tokens, hidden_size]; weight [hidden_size]; all bf16
 // Rounding  statistics in float32 over a fixed tree; to bf16 before the weight, as transformers does
-// Source    transformers LlamaRMSNorm.forward; Zhang & Sennrich, arXiv:1910.07467; docs/numerics.md section
-// 5 See       kernels/rms_norm.cu, tests/twin/test_rms_norm.py
+// Source    transformers LlamaRMSNorm.forward; Zhang & Sennrich, arXiv:1910.07467; numerics.md section 5
+// See       kernels/rms_norm.cu, tests/twin/test_rms_norm.py
 
 #include <math.h>
 #include "../common/numerics.h"

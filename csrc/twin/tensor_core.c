@@ -1,7 +1,6 @@
 // tensor_core.c -- what one tensor-core instruction of a Hopper GPU computes, reproduced to the bit.
 //
-//   d = cut32(sum of 17 terms, each cut to a multiple of 2^(e - 25)),  e = the largest exponent among the
-//   terms
+//   d = cut32(sum of 17 terms, each cut to a multiple of 2^(e - 25)),  e = the terms' largest exponent
 //
 // Rounding  every cut is toward zero; the sum of the cut terms is exact
 // Source    docs/numerics.md section 1; measured on an H200 (golden/hardware/)
@@ -18,8 +17,8 @@ enum {
     BF16_BIAS = 127,
     ZERO = -1000,       // stands for the exponent of zero: a product that is zero has no say in the largest
     NOT_FINITE = 3000,  // stands for the exponent of NaN and infinity, beside a zero too
-    NOT_FINITE_PRODUCT =
-        1000,  // from this sum of two on, one is NOT_FINITE: the step takes the specification
+    // From this sum of two on, one is NOT_FINITE: the step takes the specification.
+    NOT_FINITE_PRODUCT = 1000,
     // The fast route works in float32 and int32. With e the unbiased largest exponent, e + 2 * BF16_BIAS
     // must lie in this range: then no product overflows or loses a kept bit to underflow, and 2^(25 - e) is
     // normal.

@@ -1,5 +1,4 @@
-// threads.c -- a fixed pool: workers sleep until a loop is posted, take its indices one by one, and report
-// back.
+// threads.c -- a fixed pool: workers sleep until a loop is posted, take its indices one by one.
 
 #define _GNU_SOURCE
 #include "threads.h"

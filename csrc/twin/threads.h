@@ -1,5 +1,4 @@
-// threads.h -- the twin's stream: a pool of threads that share out independent tasks, and a scratch per
-// thread.
+// threads.h -- the twin's stream: a pool of threads that share out independent tasks, a scratch for each.
 //
 // Which thread runs a task never enters a result: every task writes only its own outputs.
 

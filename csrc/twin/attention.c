@@ -82,13 +82,17 @@ static TaskPlace place_of_task(const AttentionArguments *args, int64_t index) {
     return (TaskPlace){sequence, (int)(index % num_kv_heads), first, num_tokens};
 }
 
+static int length_of_sequence(const AttentionArguments *args, const TaskPlace *place) {
+    return args->batch->seq_lens[place->sequence];
+}
+
 // K and V of one tile into panels; positions that hold no token of this sequence count as zero.
 static void load_tile(AttentionScratch *s, const AttentionArguments *args, const TaskPlace *place,
                       int tile) {
     const KvLayer *cache = args->cache;
     const BatchIndex *batch = args->batch;
     const int32_t *block_table = batch->block_tables + (size_t)place->sequence * batch->max_blocks_per_seq;
-    int seq_len = batch->seq_lens[place->sequence];
+    int seq_len = length_of_sequence(args, place);
     for (int is_value = 0; is_value < 2; is_value++) {
         memset(s->gathered, 0, sizeof s->gathered);
         for (int j = 0; j < NUMERICS_TILE; j++) {
@@ -126,8 +130,8 @@ static float quad_sum(const float *p) {
 }
 
 // P of one row from its scores; only the first num_keys keys are allowed. Returns its maximum and sum.
-static Partial softmax_row(float *p_value, int32_t *p_exponent, const float *score, int num_keys,
-                           float scale) {
+FMA_CLONES static Partial softmax_row(float *p_value, int32_t *p_exponent, const float *score, int num_keys,
+                                      float scale) {
     float largest = score[0];
     for (int j = 1; j < num_keys; j++) largest = score[j] > largest ? score[j] : largest;
     Partial tile = {0, largest * scale, 0.0f, {0}};
@@ -139,7 +143,7 @@ static Partial softmax_row(float *p_value, int32_t *p_exponent, const float *sco
     return tile;
 }
 
-static void fold(Partial *into, const Partial *next) {
+FMA_CLONES static void fold(Partial *into, const Partial *next) {
     if (into->is_empty) {
         *into = *next;
         return;
@@ -155,9 +159,12 @@ static void fold(Partial *into, const Partial *next) {
 static void attend_to_tile(AttentionScratch *s, const AttentionArguments *args, const TaskPlace *place,
                            int tile, int first_row, int num_rows, float scale) {
     int group = args->num_heads / args->cache->num_kv_heads;
+    // Nothing is computed for keys that are no token's: no score of theirs is read, P and V are zero there.
+    int num_tile_keys = length_of_sequence(args, place) - tile * NUMERICS_TILE;
+    if (num_tile_keys > NUMERICS_TILE) num_tile_keys = NUMERICS_TILE;
     memset(s->score[first_row], 0, (size_t)num_rows * sizeof s->score[0]);
     memset(s->tile_out[first_row], 0, (size_t)num_rows * sizeof s->tile_out[0]);
-    for (int panel = 0; panel < KEY_PANELS; panel++)
+    for (int panel = 0; panel * PANEL_LANES < num_tile_keys; panel++)
         for (int step = 0; step < DIM_STEPS; step++)
             tensor_core_step_rows(&s->score[first_row][panel * PANEL_LANES], NUMERICS_TILE,
                                   &s->q_value[first_row][step * NUMERICS_STEP],
@@ -170,7 +177,7 @@ static void attend_to_tile(AttentionScratch *s, const AttentionArguments *args, 
         if (num_keys > NUMERICS_TILE) num_keys = NUMERICS_TILE;
         tiles[row] = softmax_row(s->p_value[row], s->p_exponent[row], s->score[row], num_keys, scale);
     }
-    for (int step = 0; step < KEY_STEPS; step++)
+    for (int step = 0; step * NUMERICS_STEP < num_tile_keys; step++)
         for (int panel = 0; panel < DIM_PANELS; panel++)
             tensor_core_step_rows(&s->tile_out[first_row][panel * PANEL_LANES], HEAD_DIM,
                                   &s->p_value[first_row][step * NUMERICS_STEP],

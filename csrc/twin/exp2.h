@@ -8,6 +8,17 @@
 #include "../common/numerics.h"
 #include "../common/bf16.h"
 
+// A function with a second copy for processors that have fused multiply-adds: the same bits, where fmaf
+// would be a call.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
+#if __has_attribute(target_clones)
+#define FMA_CLONES __attribute__((target_clones("fma", "default")))
+#endif
+#endif
+#ifndef FMA_CLONES
+#define FMA_CLONES
+#endif
+
 static inline float numerics_constant(uint32_t bits) {
     float x;
     memcpy(&x, &bits, sizeof x);

@@ -8,16 +8,34 @@
 // See       kernels/silu_and_mul.cu, tests/twin/test_silu_and_mul.py
 
 #include "exp2.h"
-#include "../kernels/kernels.h"
+#include "threads.h"
+
+enum { TASK_VALUES = 16384 };
+
+typedef struct SiluArguments {
+    bf16 *out;
+    const bf16 *gate;
+    const bf16 *up;
+    int64_t num_values;
+} SiluArguments;
+
+FMA_CLONES static void silu_and_mul_task(const void *arguments, int64_t index, void *scratch) {
+    (void)scratch;
+    const SiluArguments *args = arguments;
+    const float log2_e = numerics_constant(LOG2_E);
+    int64_t first = index * TASK_VALUES;
+    int64_t end = first + TASK_VALUES < args->num_values ? first + TASK_VALUES : args->num_values;
+    for (int64_t i = first; i < end; i++) {
+        float g = bf16_to_float(args->gate[i]);
+        float silu = g / (1.0f + contract_exp2(-g * log2_e));
+        float rounded = bf16_to_float(bf16_from_float(silu));
+        args->out[i] = bf16_from_float(rounded * bf16_to_float(args->up[i]));
+    }
+}
 
 Status twin_silu_and_mul(bf16 *out, const bf16 *gate, const bf16 *up, int64_t num_values, Stream stream) {
-    (void)stream;
-    const float log2_e = numerics_constant(LOG2_E);
-    for (int64_t i = 0; i < num_values; i++) {
-        float g = bf16_to_float(gate[i]);
-        float silu = g / (1.0f + contract_exp2(-g * log2_e));
-        out[i] = bf16_from_float(bf16_to_float(bf16_from_float(silu)) * bf16_to_float(up[i]));
-    }
+    SiluArguments arguments = {out, gate, up, num_values};
+    parallel_for(stream, (num_values + TASK_VALUES - 1) / TASK_VALUES, silu_and_mul_task, &arguments);
     return STATUS_OK;
 }
 

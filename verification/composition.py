@@ -32,7 +32,6 @@ MAX_KL_GEOMETRIC_RATIO = 2.5
 MAX_KL_MAX_RATIO = 8.0
 
 MAX_GAP = 6.0  # sigma: a token within it of the best is a tie
-STRICT_GAP = 12.0  # sigma: with the best further ahead, there is one right token
 SIGMA_CANDIDATES = 20  # top logits over which the yardstick's error is taken
 _TIE_CHANCE = 1e-3
 
@@ -167,7 +166,6 @@ class LogitVerdict:
 
     centred_ratio: float
     kl_mean_ratio: float | None
-    kl_geometric_ratio: float | None
     kl_max_ratio: float | None
     top1_agree: float
     verdict: Verdict
@@ -176,7 +174,7 @@ class LogitVerdict:
 def judge_logits(errors: LogitErrors) -> LogitVerdict:
     """The rules over some rows; those on KL need MIN_TOKENS of them."""
     centred = _ratio(float(errors.engine.mean().sqrt()), float(errors.yardstick.mean().sqrt()))
-    mean = geometric = largest = None
+    mean = largest = None
     is_long = len(errors.engine) >= MIN_TOKENS
     limit = MAX_CENTRED_RATIO if is_long else MAX_WORST_RATIO
     verdicts = [_limit("centred RMS error", centred, limit)]
@@ -191,7 +189,7 @@ def judge_logits(errors: LogitErrors) -> LogitVerdict:
             _limit("largest KL", largest, MAX_KL_MAX_RATIO),
         ]
     agree = float(errors.agree.double().mean())
-    return LogitVerdict(centred, mean, geometric, largest, agree, first_failure(*verdicts))
+    return LogitVerdict(centred, mean, largest, agree, first_failure(*verdicts))
 
 
 def _limit(what: str, ratio: float, limit: float) -> Verdict:

@@ -1,6 +1,6 @@
-"""The two backends that every test of this folder holds against each other.
+"""The GPU's operations, which every test of this folder holds against the twin's.
 
-The GPU side skips, saying why, where there is no CUDA device; a skip is no pass.
+They skip, saying why, where there is no CUDA device; a skip is no pass.
 """
 
 from collections.abc import Iterator
@@ -10,17 +10,6 @@ import pytest
 from engine.bindings import Library
 from engine.errors import DeviceUnavailable
 from engine.ops import Ops
-
-
-@pytest.fixture(scope="session")
-def library() -> Library:
-    return Library()
-
-
-@pytest.fixture(scope="session")
-def twin(library: Library) -> Iterator[Ops]:
-    with Ops(library, "cpu") as ops:
-        yield ops
 
 
 @pytest.fixture(scope="session")

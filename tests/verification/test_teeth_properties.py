@@ -2,11 +2,14 @@ from dataclasses import replace
 
 import pytest
 
+from verification.evidence import EVIDENCE, read
 from verification.mutants.catalogue import load_catalogue
 from verification.teeth import fork_server
 from verification.teeth.arena import ALIVE, KILLED, Answer, Result
 from verification.teeth.plan import from_mutant
 from verification.teeth.properties import (
+    BEGIN,
+    NAME,
     PAGE,
     Property,
     check_of,
@@ -99,6 +102,13 @@ def test_the_pages_section_is_made_anew_each_time_and_names_no_further_property(
     assert "| no. 1 | 2 | first |\n| no. 2, 3 | 1 | none |" in page
     assert with_findings(page, record) == page
     assert read_page(page) == [ONE, TWO]
+
+
+def test_the_section_in_git_is_that_of_its_record():
+    text = PAGE.read_text(encoding="utf-8")
+
+    assert BEGIN in text
+    assert text == with_findings(text, read(EVIDENCE / f"{NAME}.json"))
 
 
 def test_the_faults_are_of_what_computes_in_an_order_that_does_not_change():

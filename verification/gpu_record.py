@@ -74,7 +74,7 @@ class GpuRecord:
         ]
         parts = {part: self.facts[part] for part in PARTS} | self.facts["bits"].get("models", {})
         return said + [
-            f"not run: {name}: {of['reason']}"
+            f"not in its record: {name} ({of['reason']})"
             for name, of in parts.items()
             if of["status"] == "not run"
         ]

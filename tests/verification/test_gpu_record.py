@@ -64,7 +64,7 @@ def test_a_record_of_this_source_that_agrees_passes_and_says_what_it_does_not_ho
 
     assert verdict.status == "pass"
     assert verdict.details[0] == "h200, source equal, 6 taps equal"
-    assert "smollm2-135m: no wheel here" in verdict.details[1]
+    assert "smollm2-135m (no wheel here)" in verdict.details[1]
 
 
 def test_a_record_of_another_source_is_not_run_and_never_a_pass(tmp_path: Path):
@@ -153,7 +153,7 @@ def test_a_part_that_was_left_out_is_named_beside_a_pass(tmp_path: Path):
     left_out = {"status": "not run", "reason": "left out"}
     write(tmp_path / CARD, facts(benchmarks=left_out), BITS)
 
-    assert "h200, not in its record: benchmarks (left out" in check(tmp_path / CARD).details
+    assert "h200, not in its record: benchmarks (left out)" in check(tmp_path / CARD).details
 
 
 def test_bits_edited_by_hand_fail(directory: Path):

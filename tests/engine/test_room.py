@@ -63,6 +63,10 @@ def test_the_budget_follows_a_large_number_of_sequences():
     assert made(max_num_seqs=3000).max_num_tokens == 3000
 
 
+def test_one_block_is_a_cache():
+    assert made(kv_cache_memory_bytes=BLOCK).num_blocks == 1
+
+
 def test_a_cache_without_a_block_is_refused():
     with pytest.raises(OutOfMemory, match=f"one block needs {BLOCK} bytes, got 100"):
         made("cuda", free=112)

@@ -8,10 +8,8 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-import transformers
 from rich.console import Console
 from rich.text import Text
 
@@ -19,13 +17,7 @@ from engine.config import ModelConfig
 from engine.errors import EngineError, InvalidArgument
 from engine.models import model_names, resolve
 from verification.evidence_page import load_all
-from verification.golden_check import GoldenRun
-from verification.goldens import GoldenVerdict
-from verification.gpu_record import check_gpu_record
-from verification.harness import verify
-from verification.oracle import OracleError
-from verification.plan import Options
-from verification.prompts import decoder_for, default_selection, prompts_for
+from verification.prompts import default_selection, prompts_for
 from verification.report_html import write_html
 from verification.report_terminal import WIDTH, ProgressReport, print_report
 from verification.report_text import plain
@@ -56,8 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--layers", metavar="LAYERS", type=parse_layers, help="for example 0,3-5")
     add("--op", metavar="OPS", type=_names(OPERATIONS), help=", ".join(OPERATIONS))
     add("--grade", metavar="GRADES", type=_names(GRADES), help=", ".join(GRADES))
-    add("--html", type=Path, default=Path("verify.html"), help="default: %(default)s")
-    add("--json", type=Path, default=Path("verify.json"), help="default: %(default)s")
+    add("--html", type=_file, default=Path("verify.html"), help="default: %(default)s")
+    add("--json", type=_file, default=Path("verify.json"), help="default: %(default)s")
     return parser
 
 
@@ -98,6 +90,14 @@ def _model(text: str) -> str:
     return text
 
 
+def _file(text: str) -> Path:
+    """A place to write to: found missing after the run, it would cost the whole run."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no file in a directory that exists")
+    return path
+
+
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
     """The whole command.
 
@@ -107,20 +107,19 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     """
     parser = build_parser()
     options = parser.parse_args(arguments)
-    transformers.utils.logging.disable_progress_bar()  # the progress shown is our own
     console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
     try:
         evidence = load_all()
         results = run(parser, options, console)
-    except (EngineError, OracleError, OSError) as error:
+        print_report(results, console)
+        options.json.write_text(json_text(results), encoding="utf-8")
+        write_html(results, options.html, evidence)
+    except (EngineError, OSError) as error:
         console.print(Text(f"error: {plain(error)}"), soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        console.print("interrupted: nothing was written")
+        console.print("interrupted: no verdict")
         return INTERRUPTED
-    print_report(results, console)
-    options.json.write_text(json_text(results), encoding="utf-8")
-    write_html(results, options.html, evidence)
     console.print(Text(f"  {options.json}, {options.html}"), soft_wrap=True)
     return 0 if results["verdict"] == "pass" else 1
 
@@ -138,30 +137,12 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, console: C
         except InvalidArgument as error:
             parser.error(f"argument --prompts: {error}")
         selection = Selection(*map(_set, (options.taps, options.layers, options.op, options.grade)))
-        # A selection of taps or layers leaves too little to hold against the record.
-        goldens = GoldenRun(name, prompts) if selection.is_everything else None
-        results = verify(
-            directory,
-            [(prompt.id, prompt.token_ids) for prompt in prompts],
-            Options(device=options.device, selection=selection),
-            progress,
-            name=name,
-            decode_text=decoder_for(directory),
-            goldens=goldens,
-        ).to_json()
-        results["model"]["asked_as"] = options.model  # a path or hub id says more than its name
-        gpu = _gpu_record(results, [prompt.id for prompt in prompts], goldens)
-    return with_gpu_record(results, gpu)
+        # Not at the top: torch takes seconds to load, and a wrong word is refused without it.
+        from verification.verify_model import verify_model
 
-
-def _gpu_record(
-    results: dict, prompt_ids: Sequence[str], goldens: GoldenRun | None
-) -> GoldenVerdict:
-    """What the record of a GPU says of this run."""
-    if goldens is None:
-        return GoldenVerdict("not run", "only a selection was verified")
-    name, weights = results["model"]["name"], results["model"]["weights_sha256"]
-    return check_gpu_record(name, weights, prompt_ids, goldens.verdict(), goldens.golden)
+        results = verify_model(name, directory, prompts, options.device, selection, progress)
+    results["model"]["asked_as"] = options.model  # a path or hub id says more than its name
+    return results
 
 
 def json_text(results: dict) -> str:
@@ -173,12 +154,6 @@ def json_text(results: dict) -> str:
             text = "[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in part) + "\n]"
         parts.append(f"{json.dumps(key)}: {text}")
     return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-def with_gpu_record(results: dict, gpu: GoldenVerdict) -> dict:
-    """The results with the verdict of the GPU record; a failed one fails the whole."""
-    verdict = "fail" if gpu.status == "fail" else results["verdict"]
-    return {**results, "gpu_record": asdict(gpu), "verdict": verdict}
 
 
 def _check_layers(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.llama import modeling_llama
 
+from engine.errors import EngineError
 from verification.taps import TapKey, all_keys
 
 Trace = dict[TapKey, Tensor]  # [rows, width]; final_norm and logits have the chosen rows only
@@ -38,7 +39,7 @@ _INPUT_TAPS = {  # submodule -> the tap that its input is
 }
 
 
-class OracleError(RuntimeError):
+class OracleError(EngineError):
     """transformers did not go the way this module reads it, or is no Llama."""
 
 

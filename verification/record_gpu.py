@@ -15,9 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ElementTree
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +25,7 @@ from engine.config import ModelConfig
 from engine.errors import CheckpointError, EngineError
 from engine.models import resolve
 from verification import goldens
+from verification.__main__ import INTERRUPTED
 from verification.gpu_bits import MODELS, PromptBits, model_bits, num_taps, recorded_prompts
 from verification.gpu_record import (
     FILES,
@@ -37,6 +36,7 @@ from verification.gpu_record import (
     gpu_source_stamp,
     load,
 )
+from verification.kernel_tests import KernelTests
 from verification.prompts import prompts_sha256
 from verification.provenance import software_versions, weights_sha256
 
@@ -47,15 +47,6 @@ RESULTS = {
     "sanitizers": (BUILD / "sanitize.json", [sys.executable, "-m", "verification.sanitizers"]),
     "benchmarks": (BUILD / "bench.json", ["make", "VENV=system", "bench-gpu"]),
 }
-# The tests marked gpu, in processes side by side: whole models, which keep every core busy; then
-# two of about equal time; last what does not need the twin.
-KERNEL_TESTS = ("models or many_sequences", "attention or decode_step or bits_step or repeats")
-GPU_TESTS = (
-    ("tests/kernels", "-k", KERNEL_TESTS[0]),
-    ("tests/kernels", "-k", f"not ({KERNEL_TESTS[0]}) and ({KERNEL_TESTS[1]})"),
-    ("tests/kernels", "-k", f"not ({' or '.join(KERNEL_TESTS)})"),
-    ("tests/system", "tests/runtime"),
-)
 CARD_FIELDS = {
     "name": "name",
     "driver": "driver_version",
@@ -124,62 +115,14 @@ def bits_of(source: str) -> tuple[dict, dict[str, dict[str, PromptBits]]]:
     return found["facts"], found["bits"]
 
 
-def kernel_tests(source: str) -> dict:
+def kernel_tests(source: str, tests: KernelTests) -> dict:
     """The counts of the GPU's tests, as an earlier record of this source left them, or of a run."""
     path = BUILD / "kernel_tests.json"
     found = _read(path, source)
-    if found is None:
-        found = {"gpu_source": source, **run_kernel_tests()}
+    if found is None or "num_tests" not in found:  # one that did not end has no counts
+        found = {"gpu_source": source, **tests.run(BUILD)}
         path.write_text(json.dumps(found) + "\n", encoding="utf-8")
     return found
-
-
-def run_kernel_tests() -> dict:
-    """Runs what is marked gpu; a skipped test is counted, and one is enough not to pass."""
-    BUILD.mkdir(exist_ok=True)
-    reports = [BUILD / f"kernel_tests_{i}.xml" for i in range(len(GPU_TESTS))]
-
-    def run(words: Sequence[str], report: Path) -> str:
-        report.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "pytest", "-q", *words, "-m", "gpu", "--durations=9"]
-        command.append(f"--junitxml={report}")
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        said = done.stdout + done.stderr
-        report.with_suffix(".log").write_text(said, encoding="utf-8")
-        return (said.strip().splitlines() or ["nothing"])[-1]
-
-    with ThreadPoolExecutor() as pool:
-        said = list(pool.map(run, GPU_TESTS, reports))
-    for words, report, last in zip(GPU_TESTS, reports, said, strict=True):
-        print(f"  tests: {words[-1]}: {last}", flush=True)
-        if not report.exists():
-            return {"status": "not run", "reason": f"pytest wrote no report: {last}"}
-    return count_tests([report.read_text(encoding="utf-8") for report in reports])
-
-
-def count_tests(junit_xmls: Iterable[str]) -> dict:
-    """The counts of JUnit reports; "pass" only if every test passed and each report has one."""
-    roots = [ElementTree.fromstring(text) for text in junit_xmls]
-    suites = [list(root.iter("testsuite")) for root in roots]
-    total, failed, skipped = (
-        sum(int(suite.get(key, 0)) for of in suites for suite in of for key in keys)
-        for keys in (("tests",), ("failures", "errors"), ("skipped",))
-    )
-    is_whole = all(any(int(suite.get("tests", 0)) for suite in of) for of in suites)
-    passed = total - failed - skipped
-    status = "fail" if failed else "pass" if passed == total and is_whole else "not run"
-    counts = {"num_tests": total, "passed": passed, "failed": failed, "skipped": skipped}
-    reason = {"reason": f"{skipped} of {total} tests skipped"} if status == "not run" else {}
-    seconds = round(sum(float(suite.get("time", 0)) for of in suites for suite in of), 1)
-    cases = (case for root in roots for case in root.iter("testcase"))
-    files = Counter(_file_of(case.get("classname", "")) for case in cases)
-    return {"status": status, **reason, **counts, "seconds": seconds, "files": dict(files)}
-
-
-def _file_of(classname: str) -> str:
-    """The test's file without its suffix: tests.kernels.test_x.TestY -> tests/kernels/test_x."""
-    words = classname.split(".")
-    return "/".join(word for word in words if not word.startswith("Test"))
 
 
 def result_of(part: str, source: str) -> dict:
@@ -232,7 +175,7 @@ def write(directory: Path, facts: Mapping, bits: Mapping[str, Mapping[str, Promp
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 0 recorded and nothing failed, 1 otherwise, 2 wrong use."""
+    """The command; 0 recorded and nothing failed, 1 otherwise, 2 wrong use, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="python -m verification.record_gpu", description=__doc__)
     optional = ("kernel_tests", *RESULTS)
     parser.add_argument(
@@ -248,6 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EngineError as error:
         print(f"error: {error}")
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: no record was written")
+        return INTERRUPTED
     for part in ("bits", *optional):
         print(f"  {part:<13} {facts[part]['status']}  {facts[part].get('reason', '')}")
     return 1 if any(facts[part]["status"] == "fail" for part in optional) else 0
@@ -273,10 +219,15 @@ def record(directory: Path, left_out: Sequence[str]) -> dict:
     def unless_left_out(part: str, run: Callable[[], dict]) -> dict:
         return without if part in left_out else run()
 
+    tests = KernelTests()
     with ThreadPoolExecutor(1) as aside:  # neither disturbs a bit of the other
-        tests = aside.submit(unless_left_out, "kernel_tests", lambda: kernel_tests(source))
-        facts["bits"], bits = bits_of(source)
-        facts["kernel_tests"] = tests.result()
+        tested = aside.submit(unless_left_out, "kernel_tests", lambda: kernel_tests(source, tests))
+        try:
+            facts["bits"], bits = bits_of(source)
+            facts["kernel_tests"] = tested.result()
+        except KeyboardInterrupt:
+            tests.stop()
+            raise
     # Alone on the machine: beside racecheck everything waits for the card, and speed is timed.
     for part in RESULTS:
         facts[part] = unless_left_out(part, functools.partial(result_of, part, source))

@@ -1,6 +1,8 @@
 import argparse
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,12 @@ from rich.console import Console
 import verification.__main__ as command_line
 from engine.errors import DeviceUnavailable
 from tests.verification import samples
+from verification import verify_model
 from verification.__main__ import build_parser, parse_layers
 from verification.golden_check import GoldenRun
 from verification.goldens import GoldenVerdict
+
+ROOT = Path(command_line.__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(
@@ -38,6 +43,8 @@ def test_what_is_no_layer_is_refused(text: str):
         (["--layers", "5-3"], ("--layers", "5-3")),
         (["--model", "nonsense"], ("--model", "'nonsense'", "smollm2-135m", "toy")),
         (["--colour"], ("--colour",)),
+        (["--html", "no/such/place.html"], ("--html", "no/such/place.html")),
+        (["--json", "."], ("--json", "'.'")),
     ],
 )
 def test_a_wrong_word_exits_2_naming_option_and_legal_values(words, named, capsys):
@@ -70,9 +77,9 @@ class Verified:
 def command(tmp_path: Path, monkeypatch):
     def call(results: dict, *words: str, gpu: GoldenVerdict | None = None):
         verified, out = Verified(results), io.StringIO()
-        monkeypatch.setattr(command_line, "verify", verified)
+        monkeypatch.setattr(verify_model, "verify", verified)
         recorded = gpu or GoldenVerdict("pass", None, ("h200, source equal, 9 taps equal",))
-        monkeypatch.setattr(command_line, "check_gpu_record", lambda *_: recorded)
+        monkeypatch.setattr(verify_model, "check_gpu_record", lambda *_: recorded)
         files = ["--html", str(tmp_path / "v.html"), "--json", str(tmp_path / "v.json")]
         status = command_line.main(["--model", "toy", *files, *words], Console(file=out, width=100))
         return status, out.getvalue(), verified.asked
@@ -182,12 +189,34 @@ def test_what_only_the_model_can_refuse_exits_2_too(command, words, named, capsy
     assert all(word in message for word in named)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--nonsense"],
+        ["--device", "tpu"],
+        ["--model", "toy", "--prompts", "nonsense"],
+        ["--model", "toy", "--layers", "99"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_word_is_refused_before_torch_is_loaded(words: list[str]):
+    program = (
+        "import sys; from verification.__main__ import main\n"
+        f"try: main({words})\n"
+        "except SystemExit as refused: print(refused.code, 'torch' in sys.modules)"
+    )
+
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+
+    assert said.stdout.splitlines()[-1] == "2 False", said.stdout + said.stderr
+
+
 def test_an_error_of_the_engine_is_one_line_and_exits_1(command, monkeypatch):
     def refuse(*_, **__):
         raise DeviceUnavailable("no CUDA device\x1b[2J")
 
     out = io.StringIO()
-    monkeypatch.setattr(command_line, "verify", refuse)
+    monkeypatch.setattr(verify_model, "verify", refuse)
 
     status = command_line.main(["--model", "toy", "--device", "cuda"], Console(file=out))
 
@@ -200,13 +229,13 @@ def test_an_interrupted_run_says_so_in_one_line_and_exits_130(command, monkeypat
         raise KeyboardInterrupt
 
     out = io.StringIO()
-    monkeypatch.setattr(command_line, "verify", stopped)
+    monkeypatch.setattr(verify_model, "verify", stopped)
     files = ["--html", str(tmp_path / "v.html"), "--json", str(tmp_path / "v.json")]
 
     status = command_line.main(["--model", "toy", *files], Console(file=out))
 
     assert status == 130
-    assert out.getvalue().splitlines()[-1] == "interrupted: nothing was written"
+    assert out.getvalue().splitlines()[-1] == "interrupted: no verdict"
     assert not list(tmp_path.iterdir())
 
 

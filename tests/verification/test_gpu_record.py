@@ -1,5 +1,6 @@
 import json
 import subprocess
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from verification.gpu_record import (
     gpu_source_stamp,
     load,
 )
-from verification.record_gpu import count_tests, write
+from verification.kernel_tests import KernelTests
+from verification.record_gpu import write
 
 HELD = GoldenVerdict("pass", None, ("all equal",))
 DIGESTS = {("embed", 0): "a" * 64, ("q", 0): "b" * 64, ("q", 1): "c" * 64}
@@ -194,68 +196,6 @@ def test_a_record_too_large_for_git_is_refused_and_the_old_one_stays(directory: 
     assert (directory / "record.json").read_text() == before
 
 
-class TestCounting:
-    def xml(self, tests: int, failures: int = 0, errors: int = 0, skipped: int = 0) -> str:
-        counts = f'tests="{tests}" failures="{failures}" errors="{errors}" skipped="{skipped}"'
-        case = '<testcase classname="tests.kernels.test_x.TestY" name="z"/>'
-        return (
-            f'<testsuites><testsuite {counts} time="1.25">{tests * case}</testsuite></testsuites>'
-        )
-
-    def test_all_passed_is_a_pass(self):
-        assert count_tests([self.xml(5)]) == {
-            "status": "pass",
-            "num_tests": 5,
-            "passed": 5,
-            "failed": 0,
-            "skipped": 0,
-            "seconds": 1.2,
-            "files": {"tests/kernels/test_x": 5},
-        }
-
-    def test_the_reports_of_several_runs_are_added_up(self):
-        both = count_tests([self.xml(5), self.xml(3, failures=1)])
-
-        assert (both["status"], both["num_tests"], both["failed"]) == ("fail", 8, 1)
-        assert both["files"] == {"tests/kernels/test_x": 8}
-
-    @pytest.mark.parametrize("counts", [(5, 1), (5, 0, 1), (5, 1, 0, 4)])
-    def test_one_failure_or_error_fails(self, counts):
-        assert count_tests([self.xml(*counts)])["status"] == "fail"
-
-    @pytest.mark.parametrize("counts", [(5, 0, 0, 1), (5, 0, 0, 5), (0,)])
-    def test_a_skip_or_nothing_at_all_is_never_a_pass(self, counts):
-        assert count_tests([self.xml(*counts)])["status"] == "not run"
-        assert count_tests([self.xml(3), self.xml(*counts)])["status"] == "not run"
-
-
-def test_the_processes_share_the_kernel_tests_without_a_gap():
-    one, two = (f"({words})" for words in record_gpu.KERNEL_TESTS)
-    chosen = [words[2] for words in record_gpu.GPU_TESTS if words[0] == "tests/kernels"]
-
-    # With A and B the two expressions: A; not A and B; not (A or B).
-    assert chosen == [one[1:-1], f"not {one} and {two}", f"not ({one[1:-1]} or {two[1:-1]})"]
-
-
-def test_every_test_marked_gpu_is_run_for_the_record():
-    words = {word for words in record_gpu.GPU_TESTS for word in words}
-    folders = {word for word in words if word.startswith("tests/")}
-    root = Path(record_gpu.ROOT)
-    marked = {
-        path.relative_to(root)
-        for path in (root / "tests").rglob("test_*.py")
-        if "pytest.mark.gpu" in path.read_text(encoding="utf-8") and path != Path(__file__)
-    }
-
-    missed = {path for path in marked if not any(Path(f) in (path, *path.parents) for f in folders)}
-
-    assert all((root / folder).exists() for folder in folders)
-    assert missed == {  # the record's other parts
-        Path("tests/benchmarks/test_bench_gpu.py"),
-        Path("tests/verification/sanitizers/test_races.py"),
-    }
-
-
 def test_a_result_of_another_source_is_never_taken(tmp_path: Path, monkeypatch):
     path = tmp_path / "sanitize.json"
     monkeypatch.setitem(record_gpu.RESULTS, "sanitizers", (path, ["true"]))
@@ -269,12 +209,57 @@ def test_a_result_of_another_source_is_never_taken(tmp_path: Path, monkeypatch):
 def test_kernel_tests_are_run_once_for_a_source(tmp_path: Path, monkeypatch):
     runs: list[int] = []
     monkeypatch.setattr(record_gpu, "BUILD", tmp_path)
-    monkeypatch.setattr(record_gpu, "run_kernel_tests", lambda: runs.append(1) or dict(PASSED))
+    tests = KernelTests()
+    monkeypatch.setattr(tests, "run", lambda _: runs.append(1) or dict(PASSED))
 
-    first, again = record_gpu.kernel_tests("one"), record_gpu.kernel_tests("one")
-    record_gpu.kernel_tests("two")
+    first, again = record_gpu.kernel_tests("one", tests), record_gpu.kernel_tests("one", tests)
+    record_gpu.kernel_tests("two", tests)
 
     assert first == again and len(runs) == 2
+
+
+def test_kernel_tests_that_did_not_end_are_run_again_for_the_same_source(
+    tmp_path: Path, monkeypatch
+):
+    given = iter([{"status": "not run", "reason": "interrupted"}, dict(PASSED)])
+    monkeypatch.setattr(record_gpu, "BUILD", tmp_path)
+    tests = KernelTests()
+    monkeypatch.setattr(tests, "run", lambda _: next(given))
+
+    assert record_gpu.kernel_tests("one", tests)["status"] == "not run"
+    assert record_gpu.kernel_tests("one", tests)["status"] == "pass"
+
+
+def test_an_interrupted_record_is_one_line_its_tests_are_stopped_and_it_exits_130(
+    tmp_path: Path, monkeypatch, capsys, library
+):
+    # Ctrl-C reaches the whole group of a terminal; `kill -INT` this program alone.
+    class Endless(KernelTests):
+        begun, stopped = threading.Event(), threading.Event()
+
+        def run(self, directory: Path) -> dict:
+            self.begun.set()
+            is_stopped = self.stopped.wait(60)
+            return {"status": "not run", "reason": "stopped"} if is_stopped else dict(PASSED)
+
+        def stop(self) -> None:
+            self.stopped.set()
+
+    def interrupted() -> None:
+        Endless.begun.wait(60)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(record_gpu, "BUILD", tmp_path)
+    monkeypatch.setattr(record_gpu, "KernelTests", Endless)
+    monkeypatch.setattr(record_gpu, "card_facts", lambda: {"name": "a card"})
+    monkeypatch.setattr(record_gpu, "record_bits", interrupted)
+
+    status = record_gpu.main(["--to", str(tmp_path / CARD)])
+
+    assert status == 130
+    assert capsys.readouterr().out == "interrupted: no record was written\n"
+    assert Endless.stopped.is_set()
+    assert not (tmp_path / CARD).exists()
 
 
 def test_a_record_is_made_of_its_parts_and_of_nothing_of_another_source(
@@ -288,7 +273,7 @@ def test_a_record_is_made_of_its_parts_and_of_nothing_of_another_source(
     monkeypatch.setattr(record_gpu, "RESULTS", results)
     monkeypatch.setattr(record_gpu, "BUILD", tmp_path)
     monkeypatch.setattr(record_gpu, "card_facts", lambda: {"name": "a card"})
-    monkeypatch.setattr(record_gpu, "run_kernel_tests", lambda: dict(PASSED))
+    monkeypatch.setattr(KernelTests, "run", lambda *_: dict(PASSED))
     models = {"toy": {"status": "recorded", "weights_sha256": "w"}}
     found = {"status": "recorded", "models": models}, BITS
     monkeypatch.setattr(record_gpu, "record_bits", lambda: found)

@@ -1,0 +1,75 @@
+"""One model's whole verification: the harness, the goldens and the GPU's record, as verify.json.
+
+Decides what a run is held against beside transformers; knows nothing of command lines or files. A
+failed golden or GPU record fails the whole.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import transformers
+
+from verification.golden_check import GoldenRun
+from verification.goldens import GoldenVerdict
+from verification.gpu_record import check_gpu_record
+from verification.harness import Progress, verify
+from verification.plan import Options
+from verification.prompts import Prompt, decoder_for
+from verification.selection import Selection
+
+
+def verify_model(
+    name: str,
+    directory: Path,
+    prompts: Sequence[Prompt],
+    device: str,
+    selection: Selection,
+    progress: Progress,
+) -> dict:
+    """Verifies the engine on a model.
+
+    Args:
+        name: of the model; its goldens and its part of the GPU record are found by it.
+        directory: the model in Hugging Face form.
+        prompts: at least one.
+        device: "cpu" or "cuda".
+        selection: what is graded; less than everything is held against no record.
+        progress: told after each piece of work.
+
+    Returns:
+        verify.json as a dict.
+
+    Raises:
+        EngineError: the engine or transformers refused the model or failed.
+    """
+    transformers.utils.logging.disable_progress_bar()  # the progress shown is our own
+    # A selection of taps or layers leaves too little to hold against the record.
+    goldens = GoldenRun(name, prompts) if selection.is_everything else None
+    results = verify(
+        directory,
+        [(prompt.id, prompt.token_ids) for prompt in prompts],
+        Options(device=device, selection=selection),
+        progress,
+        name=name,
+        decode_text=decoder_for(directory),
+        goldens=goldens,
+    ).to_json()
+    return _with_gpu_record(results, _gpu_record(results, prompts, goldens))
+
+
+def _gpu_record(
+    results: dict, prompts: Sequence[Prompt], goldens: GoldenRun | None
+) -> GoldenVerdict:
+    """What the record of a GPU says of this run."""
+    if goldens is None:
+        return GoldenVerdict("not run", "only a selection was verified")
+    name, weights = results["model"]["name"], results["model"]["weights_sha256"]
+    prompt_ids = [prompt.id for prompt in prompts]
+    return check_gpu_record(name, weights, prompt_ids, goldens.verdict(), goldens.golden)
+
+
+def _with_gpu_record(results: dict, gpu: GoldenVerdict) -> dict:
+    """The results with the verdict of the GPU record; a failed one fails the whole."""
+    verdict = "fail" if gpu.status == "fail" else results["verdict"]
+    return {**results, "gpu_record": asdict(gpu), "verdict": verdict}

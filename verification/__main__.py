@@ -17,6 +17,7 @@ from engine.config import ModelConfig
 from engine.errors import EngineError, InvalidArgument
 from engine.models import model_names, resolve
 from verification.evidence_page import load_all
+from verification.interrupts import INTERRUPTED
 from verification.prompts import default_selection, prompts_for
 from verification.report_html import write_html
 from verification.report_terminal import WIDTH, ProgressReport, print_report
@@ -26,7 +27,6 @@ from verification.taps import OPERATIONS, RESULT_ORDER
 
 DEFAULT_MODEL = "smollm2-135m"
 DEVICES = ("cpu", "cuda")
-INTERRUPTED = 128 + 2  # as shells report a process that SIGINT ended
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -26,6 +26,7 @@ from verification import evidence
 from verification.compare import FAIL
 from verification.engine_runs import group_prompt
 from verification.harness import verify
+from verification.interrupts import ends_in_one_line
 from verification.localise import Findings
 from verification.mutants.build import workshop
 from verification.mutants.catalogue import CATALOGUE_PATH, load_catalogue
@@ -230,11 +231,19 @@ def record_of(trials: Sequence[Trials], seconds: float) -> evidence.Evidence:
     )
 
 
+@ends_in_one_line("the record has the engines tried so far")
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
     """The command `python -m verification.false_alarms`: 0 if there is none, 1 if there is."""
-    parser = argparse.ArgumentParser(prog="python -m verification.false_alarms")
-    parser.add_argument("--models", default=",".join((*TOYS, TRAINED)))
-    parser.add_argument("--evidence", type=Path, default=evidence.EVIDENCE)
+    parser = argparse.ArgumentParser(
+        prog="python -m verification.false_alarms",
+        description="Puts correct engines of other arithmetic to the suite; none may be failed.",
+    )
+    parser.add_argument(
+        "--models", default=",".join((*TOYS, TRAINED)), help="with commas; default: %(default)s"
+    )
+    parser.add_argument(
+        "--evidence", type=Path, default=evidence.EVIDENCE, help="where the record is written"
+    )
     options = parser.parse_args(arguments)
     console, clock = console or Console(), time.monotonic()
     models, trials = options.models.split(","), []

@@ -25,7 +25,6 @@ from engine.config import ModelConfig
 from engine.errors import CheckpointError, EngineError
 from engine.models import resolve
 from verification import goldens
-from verification.__main__ import INTERRUPTED
 from verification.gpu_bits import MODELS, PromptBits, model_bits, num_taps, recorded_prompts
 from verification.gpu_record import (
     FILES,
@@ -36,6 +35,7 @@ from verification.gpu_record import (
     gpu_source_stamp,
     load,
 )
+from verification.interrupts import INTERRUPTED
 from verification.kernel_tests import KernelTests
 from verification.prompts import prompts_sha256
 from verification.provenance import software_versions, weights_sha256

@@ -1,11 +1,12 @@
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
 from verification.evidence import Score
-from verification.mutants.build import ROOT
+from verification.mutants.build import ROOT, Tree
 from verification.mutants.catalogue import CatalogueError, load_catalogue
 from verification.mutants.faults import CPU, GPU, Edit, TestedFault, load_faults
 from verification.teeth import arena, checks, fork_server, trees
@@ -25,6 +26,7 @@ from verification.teeth.plan import (
     from_tested,
 )
 from verification.teeth.report import Controls, record
+from verification.teeth.servers import servers
 
 ONE = Controls(1)
 SILU = "csrc/twin/silu_and_mul.c"
@@ -324,6 +326,17 @@ class TestTheForkServer:
 
         assert (found["status"], found["by"]) == (KILLED, "limit")
 
+    def test_a_run_that_was_suspended_ends_nobody(self, tmp_path, monkeypatch):
+        hours = iter(range(0, 10**6, 3600))
+        monkeypatch.setattr(fork_server, "LOOK_SECONDS", 0.1)
+        monkeypatch.setattr(fork_server.time, "monotonic", lambda: next(hours))
+
+        def work():
+            time.sleep(0.35)
+            return {"status": ALIVE, "by": "me"}
+
+        assert self.ask(tmp_path, monkeypatch, work)["status"] == ALIVE
+
     def test_who_is_slow_but_works_is_not(self, tmp_path, monkeypatch, impatient):
         def work():
             end = time.monotonic() + 1.2
@@ -338,6 +351,17 @@ class TestTheForkServer:
 
         assert (found["status"], found["by"]) == (KILLED, "error")
         assert "ZeroDivisionError" in found["why"] and "test_teeth.py" in found["why"]
+
+    def test_a_stopped_run_waits_for_nobody(self, tmp_path):
+        (tmp_path / "test_slow.py").write_text("import time\ndef test_it():\n    time.sleep(600)\n")
+        check, tree = checks.tests("test_slow.py"), Tree(tmp_path)
+        with servers(1, has_torch=False) as asked, ThreadPoolExecutor(2) as pool:
+            waiting = [pool.submit(asked.ask, tree, tree, check, 60) for _ in range(2)]
+            time.sleep(1)
+            asked.stop()
+
+            for each in waiting:
+                assert isinstance(each.exception(timeout=20), TeethError | OSError)
 
     def test_who_leaves_without_an_answer_is_broken(self, tmp_path, monkeypatch):
         assert self.ask(tmp_path, monkeypatch, lambda: os._exit(3))["status"] == "broken"

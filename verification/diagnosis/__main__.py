@@ -226,7 +226,9 @@ def _right(told: Sequence[Told]) -> int:
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
     """The whole command: 0 if every goal of the record is reached, 1 if not."""
     parser = argparse.ArgumentParser(prog="python -m verification.diagnosis")
-    parser.add_argument("--evidence", type=Path, default=evidence.EVIDENCE)
+    parser.add_argument(
+        "--evidence", type=Path, default=evidence.EVIDENCE, help="where the record is written"
+    )
     options = parser.parse_args(arguments)
     console, clock = console or Console(), time.monotonic()
     library, catalogue = [], []

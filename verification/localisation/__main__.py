@@ -1,7 +1,7 @@
 """The command `python -m verification.localisation`: every fault at every place of a model.
 
 Knows the command line, the record and how to go on where a run was stopped. Exit status: 0 every
-fault was found and named first, 1 not so, 2 the command was wrong.
+fault was found and named first, 1 not so, 2 the command was wrong, 130 interrupted.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from engine.models import resolve
 from engine.sources import toy
 from verification import evidence
 from verification.__main__ import parse_layers
+from verification.interrupts import ends_in_one_line
 from verification.localisation import whole_suite
 from verification.localisation.sweep import Planted, Sweep, room
 from verification.oracle import Reference
@@ -33,18 +34,21 @@ TOKEN_IDS = tuple((37 * i * i + 11 * i + 5) % 250 for i in range(8))
 LOGIT_ROWS = (6, 7)
 
 
+@ends_in_one_line("what was planted so far is kept, and the same command goes on from there")
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
     """The whole command."""
     parser = argparse.ArgumentParser(
         prog="python -m verification.localisation",
         description="Plants a fault at every operator of every layer; each must be named first.",
     )
-    parser.add_argument("--model", default=MODELS[0], choices=MODELS)
+    parser.add_argument("--model", default=MODELS[0], choices=MODELS, help="default: %(default)s")
     parser.add_argument(
         "--free-layers", type=parse_layers, help="layers that run free too; all if not given"
     )
     parser.add_argument("--state", type=Path, default=Path("build"), help="where a run goes on")
-    parser.add_argument("--evidence", type=Path, default=evidence.EVIDENCE)
+    parser.add_argument(
+        "--evidence", type=Path, default=evidence.EVIDENCE, help="where the record is written"
+    )
     options = parser.parse_args(arguments)
     console = console or Console()
     transformers.utils.logging.disable_progress_bar()

@@ -1,7 +1,7 @@
 """The command `python -m verification.mutants`: plants every fault and prints what found it.
 
 Knows the command line and the table. Exit status: 0 every fault was found and named and nothing
-correct was failed, 1 not so or something refused, 2 the command was wrong.
+correct was failed, 1 not so or something refused, 2 the command was wrong, 130 interrupted.
 """
 
 import argparse
@@ -15,13 +15,14 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.errors import EngineError
+from verification.interrupts import ends_in_one_line
 from verification.mutants.catalogue import CATALOGUE_PATH, VERIFY, choose, load_catalogue
 from verification.mutants.trial import Outcome, Trial, run
 from verification.oracle import OracleError
+from verification.report_terminal import WIDTH
 
-WIDTH = 150  # of the table where nothing tells the terminal's
 
-
+@ends_in_one_line("nothing was written")
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
     """The whole command.
 
@@ -61,8 +62,11 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
 def print_trial(trial: Trial, console: Console) -> None:
     """The table, what went wrong, and the summary line."""
     table = Table(title="planted faults", title_justify="left")
-    for column in ("fault", "file", "what it does", "found by", "named", "s"):
-        table.add_column(column, justify="right" if column == "s" else "left", overflow="fold")
+    for column in ("fault", "what it does", "found by", "named", "s"):
+        right, whole = column == "s", column == "fault"
+        table.add_column(
+            column, justify="right" if right else "left", overflow="fold", no_wrap=whole
+        )
     for outcome in trial.outcomes:
         table.add_row(*_cells(outcome))
     console.print(table)
@@ -85,7 +89,6 @@ def _cells(outcome: Outcome) -> tuple[str | Text, ...]:
         named = Text(place, style="" if outcome.is_named else "bold red")
     return (
         mutant.id,
-        mutant.file,
         Text(mutant.fault),
         found,
         named,

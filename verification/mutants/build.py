@@ -56,8 +56,15 @@ class Tree:
         """
         # What an outer make exports (its flags, its variables) must not reach this one.
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+        # A group of its own: Ctrl-C must not look like a fault that does not compile.
         done = subprocess.run(
-            self.make, cwd=self.root, env=environment, capture_output=True, text=True, check=False
+            self.make,
+            cwd=self.root,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            process_group=0,
         )
         if done.returncode != 0:
             raise BuildError(f"{what} does not build:\n{done.stdout}{done.stderr}")

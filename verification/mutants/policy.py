@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from verification.interrupts import ends_in_one_line
 from verification.mutants.catalogue import CatalogueError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -135,6 +136,7 @@ def run(mutants: Sequence[PolicyMutant]) -> Iterator[Verdict]:
         yield from pool.map(judge, (None, *mutants))
 
 
+@ends_in_one_line("nothing was written")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The whole command; see the module."""
     parser = argparse.ArgumentParser(prog="python -m verification.mutants.policy")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from engine.errors import EngineError
 from verification.evidence import EVIDENCE, Evidence, wilson, write
+from verification.interrupts import ends_in_one_line
 from verification.mutants.build import ROOT
 from verification.mutants.catalogue import choose
 from verification.mutants.faults import CPU, GPU
@@ -39,6 +40,7 @@ COUNT = {CPU: 300, GPU: 100}  # generated faults of a full run
 GROUPS = (CATALOGUE, MUSEUM, GENERATED)
 
 
+@ends_in_one_line("the answers so far are kept, and the same command goes on from there")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The whole command; see the module."""
     parser = argparse.ArgumentParser(

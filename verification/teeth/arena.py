@@ -155,6 +155,9 @@ def run(
                     what = f"{PROBLEM}: {each.id}: {error}"
                 if report is not None:
                     report(number, len(planted), what)
+        except KeyboardInterrupt:
+            arena.stop()
+            raise
         finally:
             for future in waiting:
                 future.cancel()
@@ -221,6 +224,10 @@ class _Arena:
             return [Result(planted.id, build, tuple(answers))]
         finally:
             plot.clear()
+
+    def stop(self) -> None:
+        """Ends what is being asked: it has no answer."""
+        self._servers.stop()
 
     def _answers(self, plot: "_Plot") -> list[Answer]:
         """In level order, up to the first that kills, or all that are wanted.

@@ -14,9 +14,6 @@ from verification.teeth.arena import ALIVE, KILLED, Answer, Result
 from verification.teeth.checks import BITS, LEVEL_OF_FINDING, LEVELS, VERIFY
 from verification.teeth.plan import Planted
 
-# What ends a check without a failure of its own.
-NAMELESS = ("crash", "limit", "error")
-
 
 @dataclass(frozen=True)
 class Row:

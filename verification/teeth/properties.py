@@ -16,6 +16,7 @@ from random import Random
 
 from engine.errors import EngineError
 from verification import evidence
+from verification.interrupts import ends_in_one_line
 from verification.mutants.build import ROOT
 from verification.mutants.faults import CPU
 from verification.teeth import arena
@@ -159,6 +160,7 @@ def with_findings(page: str, record: evidence.Evidence) -> str:
     return "\n".join(lines) + "\n"
 
 
+@ends_in_one_line("the answers so far are kept, and the same command goes on from there")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs, records and writes the page; 0 if every property was asked, 1 if not."""
     parser = argparse.ArgumentParser(prog="python -m verification.teeth.properties")

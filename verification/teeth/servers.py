@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -36,8 +36,14 @@ class Servers:
 
     def __init__(self, servers: list["_Server"]) -> None:
         self._free: SimpleQueue[_Server] = SimpleQueue()
+        self._all = servers
         for server in servers:
             self._free.put(server)
+
+    def stop(self) -> None:
+        """Ends what is being asked, and asks nothing more: who waits gets a TeethError."""
+        for server in self._all:
+            server.stop()
 
     def ask(self, tree: Tree, pristine: Tree, check: Check, cpu: float) -> dict[str, Any]:
         """What a check says of a tree.
@@ -93,8 +99,11 @@ class _Server:
         shared = "torch" if has_torch else "plain"
         self._command = [sys.executable, str(FORK_SERVER), str(core), shared]
         self._process: subprocess.Popen[str] | None = None
+        self._is_stopped = False
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self._is_stopped:
+            raise TeethError("the run was stopped")
         if self._process is None:
             self._process = subprocess.Popen(
                 self._command,
@@ -102,6 +111,7 @@ class _Server:
                 stdout=subprocess.PIPE,
                 text=True,
                 env=os.environ | ENVIRONMENT,
+                process_group=0,  # Ctrl-C is this process's affair, which then ends them
             )
             if self._process.stdout.readline() != "ready\n":
                 raise TeethError("the fork server does not start")
@@ -112,7 +122,13 @@ class _Server:
             raise TeethError("the fork server is gone")
         return json.loads(line)
 
+    def stop(self) -> None:
+        self._is_stopped = True
+        if self._process is not None:
+            self._process.terminate()
+
     def close(self) -> None:
         if self._process is not None:
-            self._process.stdin.close()
+            with suppress(BrokenPipeError):  # it was stopped while it was being asked
+                self._process.stdin.close()
             self._process.wait()

@@ -17,8 +17,8 @@ from rich.panel import Panel
 from rich.text import Text
 
 from engine.models import cache_root
-from verification.__main__ import INTERRUPTED
 from verification.compare import FAIL, NOT_RUN
+from verification.interrupts import INTERRUPTED
 from verification.report_terminal import WIDTH
 from verification.report_text import count, plain
 from verification.results import Failure

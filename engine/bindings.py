@@ -23,8 +23,8 @@ from engine.errors import (
 )
 from engine.model_struct import fill_model_config, fill_options
 from engine.sampling import Logprobs, SamplingBatch
-from engine.sampling_struct import fill_sampling
 from engine.source_stamp import source_stamp
+from engine.step_struct import StepStruct, fill_batch
 from engine.tap import Tap, TapPoint
 
 ABI_VERSION = 3
@@ -148,24 +148,7 @@ class Library:
         Raises:
             InvalidArgument: an array's length is not what the others imply.
         """
-        num_tokens, num_seqs = len(batch.input_ids), len(batch.seq_lens)
-        shapes = {
-            "input_ids": (num_tokens,),
-            "positions": (num_tokens,),
-            "slot_mapping": (num_tokens,),
-            "cu_seqlens_q": (num_seqs + 1,),
-            "seq_lens": (num_seqs,),
-            "block_tables": (num_seqs, batch.block_tables.shape[-1]),
-            "logits_indices": (len(batch.logits_indices),),
-        }
-        struct = self.ffi.new("EngineBatch *")
-        struct.num_tokens, struct.num_seqs = num_tokens, num_seqs
-        struct.max_blocks_per_seq = batch.block_tables.shape[-1]
-        struct.num_logits = len(batch.logits_indices)
-        for name, shape in shapes.items():
-            array = self.array(getattr(batch, name), "int32_t", np.int32, name, shape)
-            setattr(struct, name, array)
-        return struct
+        return fill_batch(self, batch)
 
 
 class Engine:
@@ -192,6 +175,7 @@ class Engine:
         handle = ffi.new("Engine **")
         library.check(library.lib.engine_create(model, options, handle))
         self._handle = handle[0]
+        self._step = StepStruct(library, model_config.vocab_size)
         self._owed: tuple[object, ...] = ()  # of the step that was begun: alive until it has ended
 
     def _call(self, function: str, *arguments: object) -> None:
@@ -257,7 +241,7 @@ class Engine:
             InvalidArgument: a field of the batch or a tap, by name; nothing was computed.
             DeviceFailed: the device failed; this engine is dead.
         """
-        struct, _owed = self._step(batch, logits, next_ids, sampling, logprobs)
+        struct, _owed = self._step.fill(batch, logits, next_ids, sampling, logprobs)
         structs = self.library.ffi.new("EngineTap[]", max(len(taps), 1))
         for struct_tap, tap in zip(structs, taps, strict=False):
             self._fill_tap(struct_tap, tap, len(batch.input_ids), len(batch.logits_indices))
@@ -276,7 +260,7 @@ class Engine:
         Raises:
             InvalidArgument, DeviceFailed: as `forward`; or a step was begun before.
         """
-        struct, owed = self._step(batch, logits, next_ids, sampling, logprobs)
+        struct, owed = self._step.fill(batch, logits, next_ids, sampling, logprobs)
         self._call("engine_forward_begin", struct)
         self._owed = owed
 
@@ -290,30 +274,6 @@ class Engine:
         self._call("engine_forward_end")
         self._owed = ()
 
-    def _step(
-        self,
-        batch: Batch,
-        logits: np.ndarray | None,
-        next_ids: np.ndarray | None,
-        sampling: SamplingBatch | None,
-        logprobs: Logprobs | None,
-    ) -> tuple[object, tuple[object, ...]]:
-        """The C struct of a step, and what must live until it has ended."""
-        struct = self.library.batch(batch)
-        num_logits = len(batch.logits_indices)
-        sampling_struct = None
-        if sampling is not None:
-            sampling_struct = fill_sampling(self.library, sampling, logprobs, num_logits)
-            struct.sampling = sampling_struct
-        if logits is not None:
-            shape = (num_logits, self.config.vocab_size)
-            struct.logits = self.library.array(logits, "float", np.float32, "logits", shape)
-        if next_ids is not None:
-            struct.next_ids = self.library.array(
-                next_ids, "int32_t", np.int32, "next_ids", (num_logits,)
-            )
-        return struct, (logits, next_ids, sampling, logprobs, sampling_struct)
-
     def decode(self, batch: Batch, num_steps: int, logits: np.ndarray | None = None) -> np.ndarray:
         """Run several greedy steps in a row, each taking the arg-max of the one before.
 
@@ -325,7 +285,7 @@ class Engine:
         Returns:
             Token ids, int32 [num_steps, num_seqs].
         """
-        struct, _owed = self._step(batch, logits, None, None, None)
+        struct, _owed = self._step.fill(batch, logits, None, None, None)
         next_ids = np.empty((num_steps, len(batch.seq_lens)), np.int32)
         ids = self.library.array(next_ids, "int32_t", np.int32, "next_ids")
         self._call("engine_decode", struct, num_steps, ids)

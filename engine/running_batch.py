@@ -1,8 +1,9 @@
 """The running sequences as arrays, a row each, updated in place from step to step.
 
 Lays out each step's index arrays without a loop over sequences: at 256 of them the host's work is a
-few array operations. Decides nothing. Invariant: rows 0 .. num_seqs - 1 are in use, and every
-array's row i is about `sequences[i]`.
+few array operations; a step in which all decode as before is laid out as views that were made once.
+Decides nothing. Invariant: rows 0 .. num_seqs - 1 are in use, and every array's row i is about
+`sequences[i]`.
 """
 
 import numpy as np
@@ -12,7 +13,8 @@ from engine.sampling import EDIT, NO_LOGPROBS, ROW, SamplingBatch
 from engine.sequence import Sequence
 
 _NO_EDITS = np.zeros(0, EDIT)
-NARROW = 64  # columns of block tables that are copied whole: 64 KB for 256 sequences
+FIRST_WIDTH = 8  # columns of block tables; they double where the longest sequence needs more
+NEVER = np.iinfo(np.int32).max  # tokens that no sequence has
 
 
 class RunningBatch:
@@ -27,27 +29,32 @@ class RunningBatch:
         self.num_prompt_readers = 0  # those that want prompt logits
         self.num_sampled = 0  # those whose arg-max is not all that is asked
         self.num_edited = 0  # those whose logits change before the choice
-        max_blocks = -(-max_seq_len // block_size)
+        self._max_blocks = -(-max_seq_len // block_size)
         self.token_ids = np.zeros((max_num_seqs, max_seq_len), np.int32)
-        self.block_tables = np.zeros((max_num_seqs, max_blocks), np.int32)
         self.num_tokens = np.zeros(max_num_seqs, np.int32)  # known: prompt and answer so far
         self.num_computed = np.zeros(max_num_seqs, np.int32)  # in the cache
         self.num_slots = np.zeros(max_num_seqs, np.int32)  # tokens that the blocks hold
-        self.num_full = np.zeros(max_num_seqs, np.int32)  # blocks full and declared so
+        self.grows_at = np.zeros(max_num_seqs, np.int32)  # tokens from which one more needs a block
+        self.fills_at = np.zeros(max_num_seqs, np.int32)  # computed tokens that fill another block
         self.max_num_tokens = np.zeros(max_num_seqs, np.int32)
-        self.min_num_tokens = np.zeros(max_num_seqs, np.int32)
-        self.ignores_eos = np.zeros(max_num_seqs, bool)
+        self.eos_counts_at = np.zeros(max_num_seqs, np.int32)  # tokens from which an end token ends
         self.priorities = np.zeros(max_num_seqs, np.int32)
-        self.samplers = np.zeros(max_num_seqs, ROW)  # but for position and edits
+        self.samplers = np.zeros(max_num_seqs, ROW)
         self.newest_ids = np.zeros(max_num_seqs, np.int32)  # each row's last sampled token
         self.next_slots = np.zeros(max_num_seqs, np.int32)  # for it, where `is_ahead`
         arrays = [array for array in vars(self).values() if isinstance(array, np.ndarray)]
         self._arrays = [array for array in arrays if array.ndim == 1]  # one value per row
+        self._positions = self.samplers["position"]
+        self._flat_ids = self.token_ids.reshape(-1)
+        self._id_starts = np.arange(0, self.token_ids.size, max_seq_len)
         self._counting = np.arange(max_num_seqs + 1, dtype=np.int32)
-        # Where each row of block_tables starts: one index takes half the time of two.
-        self._table_starts = np.arange(0, self.block_tables.size, max_blocks, np.int32)
+        self.block_tables = np.zeros((max_num_seqs, 0), np.int32)
+        self._widen(1)
         self._num_steps = 0  # committed
         self._ahead_of: int | None = None  # the value of _num_steps at which next_slots hold
+        # Of a step in which every row decodes; the same while no row comes or goes.
+        self._decode_batch: Batch | None = None
+        self._decode_sampling: SamplingBatch | None = None
 
     @property
     def num_seqs(self) -> int:
@@ -58,13 +65,13 @@ class RunningBatch:
         """Give a sequence the next row; its block table covers all its tokens."""
         row = sequence.row = self.num_seqs
         self.sequences.append(sequence)
+        self._forget_views()
         self.token_ids[row, : len(sequence.token_ids)] = sequence.token_ids
         self.num_tokens[row] = len(sequence.token_ids)
         self.num_computed[row] = num_computed
-        self.num_full[row] = num_computed // self.block_size
+        self.fills_at[row] = num_computed - num_computed % self.block_size + self.block_size
         self.max_num_tokens[row] = sequence.max_num_tokens
-        self.min_num_tokens[row] = sequence.min_num_tokens
-        self.ignores_eos[row] = sequence.ignore_eos
+        self.eos_counts_at[row] = NEVER if sequence.ignore_eos else sequence.min_num_tokens + 1
         self.priorities[row] = sequence.priority
         self.num_watched += sequence.is_watched
         self.num_prompt_readers += sequence.wants_prompt_logits
@@ -72,8 +79,10 @@ class RunningBatch:
         self.num_edited += sequence.is_edited
         if sequence.sampler is not None:
             self.samplers[row] = np.frombuffer(sequence.sampler.row, ROW)[0]
+        if len(sequence.block_table) > self.block_tables.shape[1]:
+            self._widen(len(sequence.block_table))
         self.block_tables[row, : len(sequence.block_table)] = sequence.block_table
-        self.num_slots[row] = len(sequence.block_table) * self.block_size
+        self._count_slots(sequence)
         self._ahead_of = None  # it has no slot yet
 
     def remove(self, sequence: Sequence) -> None:
@@ -86,6 +95,7 @@ class RunningBatch:
         self.num_sampled -= sequence.is_sampled
         self.num_edited -= sequence.is_edited
         last = self.sequences.pop()
+        self._forget_views()
         if last is not sequence:
             for array in self._arrays:
                 array[row] = array[last.row]
@@ -98,6 +108,11 @@ class RunningBatch:
             self.sequences[row] = last
             last.row = row
         sequence.row = None
+        width = self.block_tables.shape[1]
+        if width > FIRST_WIDTH and 2 * len(sequence.block_table) > width:  # it may have been alone
+            longest = max((len(other.block_table) for other in self.sequences), default=1)
+            if 2 * longest <= width:
+                self._widen(longest)
 
     def tokens(self, sequence: Sequence) -> list[int]:
         """All tokens of a running sequence."""
@@ -106,23 +121,37 @@ class RunningBatch:
     def add_block(self, sequence: Sequence) -> None:
         """Take over the last block of a sequence's table, which is new."""
         last = len(sequence.block_table) - 1
+        if last == self.block_tables.shape[1]:
+            self._widen(last + 1)
         self.block_tables[sequence.row, last] = sequence.block_table[last]
-        self.num_slots[sequence.row] += self.block_size
+        self._count_slots(sequence)
+
+    def _count_slots(self, sequence: Sequence) -> None:
+        slots = len(sequence.block_table) * self.block_size
+        self.num_slots[sequence.row] = slots
+        is_enough = slots + 1 >= sequence.max_num_tokens  # its last token needs no slot
+        self.grows_at[sequence.row] = NEVER if is_enough else slots
 
     @property
     def is_ahead(self) -> bool:
         """Whether every row decodes next, and has its slot."""
         return self._ahead_of == self._num_steps
 
-    def lay_ahead(self, num_new: np.ndarray) -> None:
+    def lay_ahead(self, num_new: np.ndarray, grown: list[int]) -> None:
         """Slots for the step after the next commit, in which all rows decode.
 
         Args:
             num_new: tokens per row of the step that is being computed, int32 [num_seqs].
+            grown: rows that were given a block for it.
         """
         count = self.num_seqs
-        positions = self.num_computed[:count] + num_new
-        self._slots(self._table_starts[:count], positions, out=self.next_slots[:count])
+        if self.is_ahead:  # and so the next slot is beside the last, or begins a block
+            self.next_slots[:count] += 1
+            for row in grown:
+                self.next_slots[row] = self.sequences[row].block_table[-1] * self.block_size
+        else:
+            positions = self.num_computed[:count] + num_new
+            self._slots(self._table_starts[:count], positions, out=self.next_slots[:count])
         self._ahead_of = self._num_steps + 1
 
     def advance(self, num_new: np.ndarray, rows: np.ndarray, next_ids: np.ndarray) -> np.ndarray:
@@ -134,12 +163,11 @@ class RunningBatch:
         self._num_steps += 1
         self.num_computed[: self.num_seqs] += num_new
         index = self.index_of(rows)
-        known = self.num_tokens[index]
-        self.token_ids[rows, known] = next_ids
+        # One flat index takes half the time of two.
+        self._flat_ids[self._id_starts[index] + self.num_tokens[index]] = next_ids
         self.newest_ids[index] = next_ids
-        known = known + 1
-        self.num_tokens[index] = known
-        return known
+        self.num_tokens[index] += 1
+        return self.num_tokens[index]
 
     def index_of(self, rows: np.ndarray) -> np.ndarray | slice:
         """What picks these rows, ascending, from an array; of all of them, a view."""
@@ -148,18 +176,21 @@ class RunningBatch:
     def lay_out_decode(self) -> Batch:
         """The index arrays of a step in which every row decodes and has its slot: `is_ahead`.
 
-        They are views of arrays that the next commit changes.
+        They are views of arrays that the next commit changes: the same batch, while no row comes
+        or goes and the tables are wide enough.
         """
-        count = self.num_seqs
-        return Batch(
-            input_ids=self.newest_ids[:count],
-            positions=self.num_computed[:count],
-            slot_mapping=self.next_slots[:count],
-            cu_seqlens_q=self._counting[: count + 1],
-            seq_lens=self.num_tokens[:count],
-            block_tables=np.ascontiguousarray(self.block_tables[:count, : self._width(count)]),
-            logits_indices=self._counting[:count],
-        )
+        if self._decode_batch is None:
+            count = self.num_seqs
+            self._decode_batch = Batch(
+                input_ids=self.newest_ids[:count],
+                positions=self.num_computed[:count],
+                slot_mapping=self.next_slots[:count],
+                cu_seqlens_q=self._counting[: count + 1],
+                seq_lens=self.num_tokens[:count],
+                block_tables=self.block_tables[:count],
+                logits_indices=self._counting[:count],
+            )
+        return self._decode_batch
 
     def lay_out(
         self, num_new: np.ndarray, rows: np.ndarray | None, every: list[int] | None = None
@@ -172,8 +203,7 @@ class RunningBatch:
             every: rows that want the logits of each of their tokens.
 
         Returns:
-            A batch; block_tables is no wider than the longest table in use needs, rounded up to a
-            power of two, where whole rows would be most of what a step copies.
+            A batch; its block_tables is a view.
         """
         count = self.num_seqs
         computed = self.num_computed[:count]
@@ -201,52 +231,78 @@ class RunningBatch:
             slot_mapping=slots,
             cu_seqlens_q=cu_seqlens_q,
             seq_lens=computed + num_new,
-            block_tables=np.ascontiguousarray(self.block_tables[:count, : self._width(count)]),
+            block_tables=self.block_tables[:count],
             logits_indices=logits_indices,
         )
 
     def _slots(
         self, starts: np.ndarray, positions: np.ndarray, out: np.ndarray | None = None
     ) -> np.ndarray:
-        """Cache slots of tokens, given where their rows' tables start, and their positions."""
+        """Cache slots of tokens, given where their rows' tables start, and their positions.
+
+        Of a row that ends with the step that is being computed, the next slot may be anybody's.
+        """
         places = starts + (positions >> self._block_shift)
-        slots = self.block_tables.reshape(-1).take(places)
+        slots = self.block_tables.reshape(-1).take(places, mode="clip")
         slots <<= self._block_shift
         return np.bitwise_or(slots, positions & self._block_mask, out=out)
 
-    def _width(self, count: int) -> int:
-        """Columns of block_tables for the first rows, so that few widths come up."""
-        if self.block_tables.shape[1] <= NARROW:
-            return self.block_tables.shape[1]
-        used = int(self.num_slots[:count].max()) >> self._block_shift
-        return min(1 << (used - 1).bit_length(), self.block_tables.shape[1])
+    def _widen(self, num_blocks: int) -> None:
+        """Make block_tables so wide, rounded up to a power of two: few widths come up.
+
+        No wider, since whole rows are most of what a step copies.
+        """
+        width = FIRST_WIDTH
+        while width < num_blocks:
+            width *= 2
+        old, width = self.block_tables, min(width, self._max_blocks)
+        shared = min(width, old.shape[1])
+        self.block_tables = np.zeros((len(old), width), np.int32)
+        self.block_tables[:, :shared] = old[:, :shared]
+        # Where each row starts: one index takes half the time of two.
+        self._table_starts = np.arange(0, self.block_tables.size, width, np.int32)
+        self._forget_views()
+
+    def _forget_views(self) -> None:
+        self._decode_batch = self._decode_sampling = None
 
     def sampling(self, rows: np.ndarray) -> SamplingBatch | None:
-        """How these rows' next tokens are chosen; None: all by arg-max."""
+        """How these rows' next tokens are chosen; None: all by arg-max.
+
+        Of all rows it is a view, the same while no row comes or goes and none has edits.
+        """
         if self.num_sampled == 0 or len(rows) == 0:
             return None
-        samplers = self.samplers.take(rows)  # indexing by rows: 20 us for 256, take: 2
+        if self._decode_sampling is not None and len(rows) == self.num_seqs:
+            self._positions[: len(rows)] = self.num_tokens[: len(rows)]
+            return self._decode_sampling
+        if len(rows) == self.num_seqs:
+            samplers = self.samplers[: len(rows)]
+        else:
+            samplers = self.samplers.take(rows)  # indexing by rows: 20 us for 256, take: 2
         samplers["position"] = self.num_tokens[rows]
-        edits = [_NO_EDITS]
+        edits = []
         for place, row in enumerate(rows.tolist() if self.num_edited else ()):
             sampler = self.sequences[row].sampler
             if sampler is not None and sampler.num_edits:
                 samplers["num_edits"][place] = sampler.num_edits
-                edits.append(sampler.edits.view(EDIT)[:, 0])
+                edits.append(sampler.edits)
         most = int(samplers["num_logprobs"].max())
-        edits_of_all = np.concatenate(edits) if len(edits) > 1 else _NO_EDITS
-        return SamplingBatch(samplers, edits_of_all, None if most == NO_LOGPROBS else most)
+        edits_of_all = np.concatenate(edits).view(EDIT)[:, 0] if edits else _NO_EDITS
+        sampling = SamplingBatch(samplers, edits_of_all, None if most == NO_LOGPROBS else most)
+        if self.num_edited == 0 and len(rows) == self.num_seqs:
+            self._decode_sampling = sampling
+        return sampling
 
     def filled_blocks(self) -> list[tuple[Sequence, int]]:
         """Blocks that became full since the last call, as (sequence, index), in order."""
-        count = self.num_seqs
-        num_full = self.num_computed[:count] >> self._block_shift
-        filled = [
-            (self.sequences[row], index)
-            for row in (num_full > self.num_full[:count]).nonzero()[0].tolist()
-            for index in range(self.num_full[row], num_full[row])
-        ]
-        self.num_full[:count] = num_full
+        computed = self.num_computed[: self.num_seqs]
+        filled = []
+        for row in (computed >= self.fills_at[: self.num_seqs]).nonzero()[0].tolist():
+            first = int(self.fills_at[row]) // self.block_size - 1
+            num_full = int(computed[row]) // self.block_size
+            filled += [(self.sequences[row], index) for index in range(first, num_full)]
+            self.fills_at[row] = (num_full + 1) * self.block_size
         return filled
 
     def block_token_ids(self, sequence: Sequence, index: int) -> np.ndarray:
@@ -264,6 +320,9 @@ class RunningBatch:
             known, computed = int(self.num_tokens[row]), int(self.num_computed[row])
             assert 0 <= computed < known <= sequence.max_num_tokens, "nothing left to compute"
             assert computed <= len(table) * self.block_size
-            assert self.num_full[row] == computed // self.block_size
+            assert self.fills_at[row] == (computed // self.block_size + 1) * self.block_size
+            if self.is_ahead:
+                slot = table[computed // self.block_size] * self.block_size
+                assert self.next_slots[row] == slot + computed % self.block_size, "a wrong slot"
         watched = sum(sequence.is_watched for sequence in self.sequences)
         assert self.num_watched == watched, "the count of watched sequences is wrong"

@@ -88,6 +88,7 @@ class Scheduler:
         self._leaders: list[Sequence] = []  # those with followers
         self._counting = np.arange(config.max_num_seqs)
         self._ones = np.ones(config.max_num_seqs, np.int32)
+        self._last_decode: ScheduledStep | None = None
         # The head and the pool when it last got no blocks: not tried again until either changes.
         # With nobody running all blocks are free, where nobody is refused: so none waits for ever.
         self._refused: tuple[Sequence, int, int] | None = None
@@ -137,10 +138,7 @@ class Scheduler:
         if count == 0:
             return None
         if running.is_ahead:
-            every_row = self._counting[:count]
-            return ScheduledStep(
-                running.lay_out_decode(), self._ones[:count], every_row, every_row, []
-            )
+            return self._decode_step(running.lay_out_decode())
         num_new = self._share_budget()
         computed = running.num_computed[:count]
         is_sampled = computed + num_new == running.num_tokens[:count]
@@ -175,14 +173,12 @@ class Scheduler:
         count = running.num_seqs
         if len(step.rows) < count:
             return
-        known = running.num_tokens[:count] + 1
-        goes_on = known < running.max_num_tokens[:count]
-        short = (goes_on & (known > running.num_slots[:count])).nonzero()[0].tolist()
-        if len(short) > self.blocks.num_free:
+        grown = (running.num_tokens[:count] >= running.grows_at[:count]).nonzero()[0].tolist()
+        if len(grown) > self.blocks.num_free:
             return
-        for row in short:  # there is a block for each, whoever comes first
+        for row in grown:  # there is a block for each, whoever comes first
             self._extend(running.sequences[row])
-        running.lay_ahead(step.num_new)
+        running.lay_ahead(step.num_new, grown)
 
     def commit(self, step: ScheduledStep, next_ids: np.ndarray) -> CommittedStep:
         """Take a computed step in: progress, new tokens, full blocks, and who ends.
@@ -199,11 +195,10 @@ class Scheduler:
         self._release_followers()
 
         index = running.index_of(rows)
-        is_eos = self._is_eos.take(next_ids) & (known > running.min_num_tokens[index])
-        is_eos &= ~running.ignores_eos[index]
-        has_ended = is_eos | (known == running.max_num_tokens[index])
+        is_eos = self._is_eos.take(next_ids)
+        is_eos &= known >= running.eos_counts_at[index]
         finished = []
-        for place in has_ended.nonzero()[0].tolist():
+        for place in (is_eos | (known == running.max_num_tokens[index])).nonzero()[0].tolist():
             sequence = running.sequences[rows[place]]
             sequence.finish("stop" if is_eos[place] else "length")
             finished.append(sequence)
@@ -260,6 +255,14 @@ class Scheduler:
         for sequence in sorted((running.sequences[row] for row in short), key=_order):
             while sequence.row is not None and not self._extend(sequence):
                 self._preempt(max(running.sequences, key=_order))
+
+    def _decode_step(self, batch: Batch) -> ScheduledStep:
+        """The step of this batch, in which every row decodes; the same for the same batch."""
+        if self._last_decode is None or self._last_decode.batch is not batch:
+            count = self.running.num_seqs
+            every = self._counting[:count]
+            self._last_decode = ScheduledStep(batch, self._ones[:count], every, every, [])
+        return self._last_decode
 
     def _extend(self, sequence: Sequence) -> bool:
         """One more block for a running sequence; False if the pool is dry."""

@@ -10,6 +10,7 @@ from engine.llm_engine import LLMEngine
 from engine.model_runner import StepOutput
 from engine.sampling_params import SamplingParams
 from engine.sources.toy import CONFIGS
+from engine.step_struct import StepStruct
 from tests.engine.paged_token_model import AtOnce
 
 
@@ -17,12 +18,11 @@ class NoModel(AtOnce):
     """Lays out what the C call takes, and answers at once."""
 
     def __init__(self, library) -> None:
-        self.library = library
+        self.step = StepStruct(library, CONFIGS["toy"].vocab_size)
 
     def forward(self, batch, *, sampling, wants_logits) -> StepOutput:
         next_ids = np.full(len(batch.logits_indices), 7, np.int32)
-        struct = self.library.batch(batch)
-        struct.next_ids = self.library.array(next_ids, "int32_t", np.int32, "next_ids")
+        self.step.fill(batch, None, next_ids, sampling, None)
         return StepOutput(None, next_ids)
 
 

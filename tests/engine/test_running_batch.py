@@ -69,17 +69,80 @@ def test_any_step_is_laid_out_as_from_scratch(drawn, removed):
 
 @pytest.mark.parametrize(("num_tokens", "width"), [(4, 1), (5, 2), (12, 4), (16, 4), (17, 5)])
 def test_tables_are_as_wide_as_the_longest_needs(monkeypatch, num_tokens: int, width: int):
-    monkeypatch.setattr(engine.running_batch, "NARROW", 0)
+    monkeypatch.setattr(engine.running_batch, "FIRST_WIDTH", 1)
     running = RunningBatch(4, 5 * B, B)  # 5 blocks at most
+    items = []
     for length in (2, num_tokens):
-        item = Sequence(str(length), list(range(length)), 5 * B)
-        item.block_table = list(range(-(-length // B)))
-        running.add(item, 0)
+        items.append(Sequence(str(length), list(range(length)), 5 * B))
+        items[-1].block_table = list(range(7, 7 - -(-length // B), -1))
+        running.add(items[-1], 0)
 
     batch = running.lay_out(running.num_tokens[:2].copy(), None)
 
     assert batch.block_tables.shape == (2, width)
-    assert batch.block_tables[1, : -(-num_tokens // B)].tolist() == item.block_table
+    assert batch.block_tables[1, : -(-num_tokens // B)].tolist() == items[1].block_table
+    assert batch.block_tables[0, 0] == 7
+    running.remove(items[1])
+    assert running.lay_out(np.array([2], np.int32), None).block_tables.tolist() == [[7]]
+    items[0].block_table.append(3)
+    running.add_block(items[0])
+    assert running.lay_out(np.array([2], np.int32), None).block_tables.tolist() == [[7, 3]]
+
+
+def test_tables_stay_as_wide_as_those_who_stay_need(monkeypatch):
+    monkeypatch.setattr(engine.running_batch, "FIRST_WIDTH", 1)
+    running = RunningBatch(4, 5 * B, B)
+    for i, blocks in enumerate([[1], [2, 3], [4, 5, 6]]):
+        item = Sequence(f"r{i}", [i] * (len(blocks) * B), 5 * B, block_table=blocks)
+        running.add(item, 0)
+
+    running.remove(running.sequences[2])
+
+    batch = running.lay_out(np.ones(2, np.int32), None)
+    assert batch.block_tables.tolist() == [[1, 0], [2, 3]]
+
+
+def decoding(count: int) -> RunningBatch:
+    """Rows that decode: of 1, 2, .. tokens."""
+    running = RunningBatch(8, 4 * B, B)
+    for i in range(count):
+        running.add(Sequence(f"r{i}", [i] * (i + 1), 4 * B, is_sampled=True), i)
+        running.sequences[i].block_table = [i]
+        running.add_block(running.sequences[i])
+    return running
+
+
+def test_the_batch_of_rows_that_decode_on_is_the_one_of_the_step_before():
+    running = decoding(3)
+    batch = running.lay_out_decode()
+
+    running.advance(np.ones(3, np.int32), np.arange(3), np.array([7, 8, 9], np.int32))
+
+    assert running.lay_out_decode() is batch
+    assert batch.input_ids.tolist() == [7, 8, 9]
+    assert batch.positions.tolist() == [1, 2, 3]
+    assert batch.seq_lens.tolist() == [2, 3, 4]
+
+
+def test_a_row_that_comes_goes_or_needs_a_wider_table_makes_another_batch(monkeypatch):
+    monkeypatch.setattr(engine.running_batch, "FIRST_WIDTH", 1)
+    running = decoding(3)
+    for change in (
+        lambda: running.remove(running.sequences[0]),
+        lambda: running.add(Sequence("r9", [1], 4 * B), 0),
+        lambda: (
+            running.sequences[0].block_table.append(5),
+            running.add_block(running.sequences[0]),
+        ),
+    ):
+        batch = running.lay_out_decode()
+        sampling = running.sampling(np.arange(running.num_seqs))
+
+        change()
+
+        assert running.lay_out_decode() is not batch
+        assert len(running.sampling(np.arange(running.num_seqs)).rows) == running.num_seqs
+        assert running.sampling(np.arange(running.num_seqs)) is not sampling
 
 
 def test_the_logits_of_some_rows_and_of_every_token_of_others():

@@ -1,9 +1,10 @@
 """Runners on every device that is there; a test that needs a missing one is skipped, saying so."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
+import engine.running_batch
 from engine.errors import DeviceUnavailable
 from engine.model_runner import ModelRunner
 
@@ -23,3 +24,11 @@ def runner_of(
             pytest.skip(f"requires a CUDA device of compute capability 9.0: {error}")
 
     return make
+
+
+@pytest.fixture(scope="package", autouse=True)
+def narrow_tables() -> Iterator[None]:
+    """Block tables start with one column: so they widen and narrow in every schedule."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.running_batch, "FIRST_WIDTH", 1)
+        yield

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +28,7 @@ MAX_BYTES = 300_000  # of a record: it lives in git
 Z_95 = 1.959963984540054  # the standard normal's 97.5 % point: two-sided 95 %
 
 TableCell = str | int | float | None
+Place = dict[str, dict[str, Any]]  # "machine" and "versions", as a record has them
 
 
 class EvidenceError(EngineError):
@@ -150,10 +152,14 @@ def evidence(
     scores: tuple[Score, ...],
     tables: tuple[Table, ...] = (),
     seconds: float = 0.0,
-    gpu: str | None = None,
+    places: Sequence[Place] = (),
 ) -> Evidence:
-    """A record of a run that ended now, on this machine, with this checkout's sources."""
-    machine = {"cpu": cpu_name(), "cores": os.cpu_count()} | ({} if gpu is None else {"gpu": gpu})
+    """A record of a run that ended now, with this checkout's sources.
+
+    Args:
+        places: where answers were found; this machine where none are given.
+    """
+    places = places or (this_place(),)
     return Evidence(
         name,
         title,
@@ -165,9 +171,26 @@ def evidence(
         datetime.now(UTC).isoformat(timespec="seconds"),
         source_stamp(ROOT / "csrc"),
         suite_sha256(),
-        machine,
-        software_versions(),
+        _joined([place["machine"] for place in places]),
+        _joined([place["versions"] for place in places]),
     )
+
+
+def this_place(gpu: str | None = None) -> Place:
+    """This machine, and the software that answers on it."""
+    machine = {"cpu": cpu_name(), "cores": os.cpu_count()} | ({} if gpu is None else {"gpu": gpu})
+    return {"machine": machine, "versions": software_versions()}
+
+
+def _joined(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Facts of several places as one: each value once."""
+    if len(facts) == 1:
+        return facts[0]
+    keys = dict.fromkeys(key for each in facts for key in each)
+    return {
+        key: " and ".join(dict.fromkeys(str(each[key]) for each in facts if key in each))
+        for key in keys
+    }
 
 
 def suite_sha256(root: Path = ROOT) -> str:

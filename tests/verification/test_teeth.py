@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from verification.evidence import Score
+from verification.evidence import Score, this_place
 from verification.mutants.build import ROOT, Tree
 from verification.mutants.catalogue import CatalogueError, load_catalogue
 from verification.mutants.faults import CPU, GPU, Edit, TestedFault, load_faults
@@ -288,6 +288,19 @@ class TestTheArena:
 
         assert arena.run(planted, CPU, Cache(cache)) == list(found.values())
 
+    def test_an_answer_says_where_it_was_found_wherever_it_is_judged(self, results, monkeypatch):
+        found, planted, path = results
+        cache = Cache(path)
+        elsewhere = {"machine": {"cpu": "another"}, "versions": {"torch": "0"}}
+
+        again = arena.run(planted, CPU, cache, place=lambda: elsewhere)
+
+        (place,) = {answer.place for result in again for answer in result.answers}
+        assert cache.get(place) == this_place()
+        rows = [row(of_catalogue(), answer("verify"))]
+        merged = record(rows, (), (), ONE, CPU, 0.0, [cache.get(place), elsewhere])
+        assert merged.machine["cpu"] == f"{this_place()['machine']['cpu']} and another"
+
     def test_a_line_half_written_is_asked_again(self, results, tmp_path):
         path = tmp_path / "cache.jsonl"
         path.write_text(results[2].read_text() + '{"key": "x", "content": {"a"')
@@ -298,7 +311,7 @@ class TestTheArena:
         _, planted, cache = results
 
         assert arena.run(planted, CPU, Cache(cache), seconds=-1) == []
-        made = record([row(of_catalogue(), answer("verify"))], (), (), ONE, CPU, 0.0, None, planted)
+        made = record([row(of_catalogue(), answer("verify"))], (), (), ONE, CPU, 0.0, (), planted)
         assert made.tables[0].rows == ((GENERATED, len(planted)),)
 
     def test_a_check_that_fails_without_a_fault_ends_the_run(self, tmp_path):

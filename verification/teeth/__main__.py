@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import EngineError
-from verification.evidence import EVIDENCE, Evidence, wilson, write
+from verification.evidence import EVIDENCE, Evidence, this_place, wilson, write
 from verification.interrupts import ends_in_one_line
 from verification.mutants.build import ROOT
 from verification.mutants.catalogue import choose
@@ -106,7 +106,13 @@ def _run(
     num_problems = 0
     try:
         results = arena.run(
-            planted, device, cache, options.jobs, report=_progress, seconds=options.seconds
+            planted,
+            device,
+            cache,
+            options.jobs,
+            report=_progress,
+            seconds=options.seconds,
+            place=lambda: this_place(_gpu_name() if device == GPU else None),
         )
     except arena.RunError as error:  # what it came to is recorded, and that it met problems
         print(f"error: {error}")
@@ -117,11 +123,12 @@ def _run(
     planted = [each for each in planted if each.id in tried]
     rows = rows_of(planted, results, [each.edit for each in equivalents])
     controls = {answer.label for result in results for answer in result.answers}
-    gpu = _gpu_name() if device == GPU else None
+    found_at = dict.fromkeys(answer.place for each in results for answer in each.answers)
+    places = [cache.get(place) for place in found_at if place]
     # Of all answers, those of earlier runs too, whatever the clock of this run says.
     seconds = sum(answer.seconds for result in results for answer in result.answers)
     controls = Controls(len(controls), num_problems)
-    made = record(rows, load_exhibits(), equivalents, controls, device, seconds, gpu, left_out)
+    made = record(rows, load_exhibits(), equivalents, controls, device, seconds, places, left_out)
     return made, rows
 
 

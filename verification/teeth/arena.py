@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from threading import Lock, Semaphore
 from typing import Any
 
+from verification.evidence import Place, this_place
 from verification.mutants.build import MAKE, ROOT, Tree
 from verification.mutants.faults import GPU
 from verification.teeth import trees
@@ -60,6 +61,7 @@ class Answer:
         by: the failing test, or what else ended it.
         named: (operator, tap, layer), where the suite names one.
         levels: where verify failed, in its own words; of properties, the tests that failed.
+        place: the cache's key of the machine that answered.
     """
 
     label: str
@@ -69,6 +71,7 @@ class Answer:
     named: tuple[str, str, int] | None
     levels: tuple[str, ...]
     seconds: float
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,12 +127,14 @@ def run(
     report: Report | None = None,
     root: Path = ROOT,
     seconds: float = math.inf,
+    place: Callable[[], Place] = this_place,
 ) -> list[Result]:
     """Tries every fault of one device.
 
     Args:
         jobs: faults under work at a time.
         seconds: what has not begun by then is left out.
+        place: tells where this run's own answers are found; the cache may hold other machines'.
 
     Returns:
         A result for each that was not left out, in their order.
@@ -142,7 +147,7 @@ def run(
     """
     results: list[Result] = []
     problems: list[str] = []
-    with _arena(root, device, jobs, cache) as arena, ThreadPoolExecutor(jobs) as pool:
+    with _arena(root, device, jobs, cache, place) as arena, ThreadPoolExecutor(jobs) as pool:
         end = time.monotonic() + seconds
         waiting = [pool.submit(arena.try_one, each, end) for each in planted]
         try:
@@ -167,14 +172,14 @@ def run(
 
 
 @contextmanager
-def _arena(root: Path, device: str, jobs: int, cache: Cache):
+def _arena(root: Path, device: str, jobs: int, cache: Cache, place: Callable[[], Place]):
     with (
         TemporaryDirectory(prefix="touchstone-teeth-") as folder,
         servers(jobs, has_torch=device != GPU) as asked,
         ThreadPoolExecutor(jobs) as pool,
     ):
         make = MAKE_WITH_CUDA if device == GPU else PARALLEL_MAKE
-        yield _Arena(root, Path(folder), make, asked, pool, Semaphore(jobs), cache)
+        yield _Arena(root, Path(folder), make, asked, pool, Semaphore(jobs), cache, place)
 
 
 class _Arena:
@@ -189,6 +194,7 @@ class _Arena:
         pool: ThreadPoolExecutor,
         idle: Semaphore,
         cache: Cache,
+        place: Callable[[], Place],
     ) -> None:
         self._root = root
         self._folder = folder
@@ -198,6 +204,8 @@ class _Arena:
         self._idle = idle
         self._keys = Keys(root)
         self._cache = cache
+        self._place = place
+        self._place_key: str | None = None
         self._pristine: Tree | None = None
         self._lock = Lock()
         self._control_locks: dict[Check, Lock] = {}
@@ -256,6 +264,7 @@ class _Arena:
         if found is None:
             limit = LIMIT_SECONDS + LIMIT_FACTOR * self._control(check)["cpu"]
             found = self._servers.ask(plot.tree, self._unmutated(), check, limit)
+            found["place"] = self._this_place()
             self._cache.put(key, found)
         return Answer(
             check.label,
@@ -265,6 +274,7 @@ class _Arena:
             found["named"] and tuple(found["named"]),
             tuple(found["levels"]),
             found["seconds"],
+            found.get("place", ""),
         )
 
     def _control(self, check: Check) -> dict[str, Any]:
@@ -296,6 +306,16 @@ class _Arena:
     def _plant(self, planted: Planted) -> tuple[Tree, str]:
         name = hashlib.sha256(planted.id.encode()).hexdigest()[:16]
         return trees.plant(self._unmutated(), self._folder, name, planted.edit)
+
+    def _this_place(self) -> str:
+        """The key under which the cache has this machine."""
+        with self._lock:
+            if self._place_key is None:
+                place = self._place()
+                digest = hashlib.sha256(json.dumps(place, sort_keys=True).encode()).hexdigest()
+                self._place_key = f"place {digest[:12]}"
+                self._cache.put(self._place_key, place)
+            return self._place_key
 
     def _unmutated(self) -> Tree:
         with self._lock:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from verification.evidence import Evidence, Score, Table, evidence
+from verification.evidence import Evidence, Place, Score, Table, evidence
 from verification.mutants.faults import GPU
 from verification.teeth import trees
 from verification.teeth.checks import LEVELS, VERIFY
@@ -41,12 +41,13 @@ def record(
     controls: Controls,
     device: str,
     seconds: float,
-    gpu: str | None = None,
+    places: Sequence[Place] = (),
     left_out: Sequence[Planted] = (),
 ) -> Evidence:
     """The record of one lane; one of some groups carries their names.
 
     Args:
+        places: where the answers were found; this machine where none are given.
         left_out: faults without an answer; no share of them is claimed.
     """
     asked = dict.fromkeys(row.planted.group for row in rows)
@@ -63,7 +64,7 @@ def record(
         tuple(_scores(by_group, controls)),
         tuple(_tables(by_group, exhibits, equivalents, left_out)),
         seconds,
-        gpu,
+        places,
     )
 
 

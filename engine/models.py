@@ -64,5 +64,11 @@ def resolve(name_or_path: str | Path, progress: Progress | None = None) -> Path:
     )
 
 
+def name_of(name_or_path: str | Path) -> str:
+    """What a model is called: its name, or the last part of its path or hub id."""
+    text = str(name_or_path)
+    return text if text in model_names() else Path(text).expanduser().resolve().name
+
+
 def _silent(what: str, done: int, total: int) -> None:
     """Report nothing."""

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from engine.config import ModelConfig
 from engine.errors import EngineError, InvalidArgument
-from engine.models import model_names, resolve
+from engine.models import model_names, name_of, resolve
 from verification.evidence_page import load_all
 from verification.interrupts import INTERRUPTED
 from verification.prompts import default_selection, prompts_for
@@ -130,7 +130,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, console: C
         directory = resolve(options.model, lambda what, done, total: progress(done, total, what))
         config = ModelConfig.from_directory(directory)
         _check_layers(parser, options.layers, config.num_layers)
-        name = _model_name(options.model)
+        name = name_of(options.model)
         wanted = options.prompts or default_selection(name)
         try:
             prompts = prompts_for(name, directory, config.vocab_size, wanted)
@@ -140,9 +140,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, console: C
         # Not at the top: torch takes seconds to load, and a wrong word is refused without it.
         from verification.verify_model import verify_model
 
-        results = verify_model(name, directory, prompts, options.device, selection, progress)
-    results["model"]["asked_as"] = options.model  # a path or hub id says more than its name
-    return results
+        return verify_model(options.model, directory, prompts, options.device, selection, progress)
 
 
 def json_text(results: dict) -> str:
@@ -162,11 +160,6 @@ def _check_layers(
     if layers and layers[-1] >= num_layers:
         last = num_layers - 1
         parser.error(f"argument --layers: no layer {layers[-1]}; this model has 0 to {last}")
-
-
-def _model_name(text: str) -> str:
-    """What a report calls a model: its name, or the last part of its path or hub id."""
-    return text if text in model_names() else Path(text).resolve().name
 
 
 def _set(names: tuple | None) -> frozenset | None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.models import cache_root
+from engine.models import cache_root, model_names
 from verification import goldens
 from verification.goldens import Golden, GoldenCheck, GoldenError, GoldenVerdict
 from verification.oracle import Trace
@@ -22,9 +22,14 @@ from verification.taps import operation_of
 from verification.workers import in_order
 
 
-def golden_roots() -> tuple[Path, ...]:
-    """Where goldens are looked for: in git, then in the cache."""
-    return (goldens.GOLDEN_ROOT, cache_root() / "golden")
+def golden_roots(model: str) -> tuple[Path, ...]:
+    """Where a model's goldens are looked for: our own models' in git, then all in the cache.
+
+    Args:
+        model: as it was asked for: a directory is not one of ours, whatever its name is.
+    """
+    in_git = (goldens.GOLDEN_ROOT,) if model in model_names() else ()
+    return (*in_git, cache_root() / "golden")
 
 
 class GoldenRun:
@@ -34,19 +39,17 @@ class GoldenRun:
     record, other weights, other numerics or a prompt that was never recorded.
     """
 
-    def __init__(
-        self, name: str, prompts: Sequence[Prompt], roots: Iterable[Path] | None = None
-    ) -> None:
+    def __init__(self, name: str, prompts: Sequence[Prompt], roots: Iterable[Path]) -> None:
         """Finds the record.
 
         Args:
             name: of the model; its record is the directory of that name.
             prompts: all that are verified; each must have been recorded.
-            roots: where records are looked for; golden_roots() if not given.
+            roots: where records are looked for, see golden_roots.
         """
         self._check: GoldenCheck | None = None
         self._comparable: frozenset[str] = frozenset()
-        found = goldens.find(name, golden_roots() if roots is None else roots)
+        found = goldens.find(name, roots)
         self._verdict = GoldenVerdict("not run", f"no goldens are recorded for {name}")
         if found is None:
             return

@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 
 from engine.config import ModelConfig
 from engine.errors import EngineError
-from engine.models import cache_root, resolve
+from engine.models import cache_root, model_names, name_of, resolve
 from verification import goldens
 from verification.golden_measure import measure
 from verification.goldens import Golden, GoldenPrompt
@@ -123,10 +123,15 @@ def write(directory: Path, manifest: dict, prompts: Mapping[str, GoldenPrompt]) 
     """Writes one record in place of the old one; complete or not at all.
 
     Args:
-        directory: golden/<model>; replaced as a whole.
+        directory: golden/<model>; replaced as a whole, if it is a golden set.
         manifest: without `schema`, `taps` and `files`, which are added here.
         prompts: every prompt with the same taps.
+
+    Raises:
+        RecordRefused: there is something else in its place.
     """
+    if directory.exists() and not (directory / "manifest.json").exists():
+        raise RecordRefused(f"{directory} is no golden set: it will not be replaced")
     directory.parent.mkdir(parents=True, exist_ok=True)
     taps: list[TapKey] = list(next(iter(prompts.values())).bits)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
@@ -190,19 +195,23 @@ def _manifest_text(manifest: Mapping[str, object]) -> str:
     return f'{text[:-2]},\n  "taps": {taps}\n}}\n'
 
 
-def record(name: str, options: argparse.Namespace, console: Console) -> Path:
+def record(model: str, options: argparse.Namespace, console: Console) -> Path:
     """Measures one model, shows what changed and writes it.
 
     Args:
-        name: a model's name; those of IN_GIT are written to golden/, others to the cache.
+        model: a name, a directory or a hub id; the models of IN_GIT are written to golden/, others
+            to the cache under the last part of the path or id.
         options: the command line: prompts, dirty_because, why.
         console: where the difference is shown.
 
     Raises:
-        RecordRefused: see require_clean_tree and compare.
+        RecordRefused: see require_clean_tree and compare; or a directory has the name of one of
+            our own models.
     """
     provenance = _provenance(options)
-    directory = resolve(name)
+    directory, name = resolve(model), name_of(model)
+    if model != name and name in model_names():
+        raise RecordRefused(f"{model} is not our {name}: give the directory another name")
     config = ModelConfig.from_directory(directory)
     selection = options.prompts or default_selection(name)
     prompts = prompts_for(name, directory, config.vocab_size, selection)
@@ -252,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for name in options.model or IN_GIT:
             record(name, options, console)
-    except EngineError as error:
+    except (EngineError, OSError) as error:
         console.print(f"error: {error}", markup=False, soft_wrap=True)
         return 1
     size = sum(f.stat().st_size for name in IN_GIT for f in (goldens.GOLDEN_ROOT / name).glob("*"))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import transformers
 
-from verification.golden_check import GoldenRun
+from engine.models import name_of
+from verification.golden_check import GoldenRun, golden_roots
 from verification.goldens import GoldenVerdict
 from verification.gpu_record import check_gpu_record
 from verification.harness import Progress, verify
@@ -20,7 +21,7 @@ from verification.selection import Selection
 
 
 def verify_model(
-    name: str,
+    model: str,
     directory: Path,
     prompts: Sequence[Prompt],
     device: str,
@@ -30,8 +31,8 @@ def verify_model(
     """Verifies the engine on a model.
 
     Args:
-        name: of the model; its goldens and its part of the GPU record are found by it.
-        directory: the model in Hugging Face form.
+        model: a name, a directory or a hub id, as it was asked for.
+        directory: its files.
         prompts: at least one.
         device: "cpu" or "cuda".
         selection: what is graded; less than everything is held against no record.
@@ -44,8 +45,9 @@ def verify_model(
         EngineError: the engine or transformers refused the model or failed.
     """
     transformers.utils.logging.disable_progress_bar()  # the progress shown is our own
+    name = name_of(model)
     # A selection of taps or layers leaves too little to hold against the record.
-    goldens = GoldenRun(name, prompts) if selection.is_everything else None
+    goldens = GoldenRun(name, prompts, golden_roots(model)) if selection.is_everything else None
     results = verify(
         directory,
         [(prompt.id, prompt.token_ids) for prompt in prompts],
@@ -55,6 +57,7 @@ def verify_model(
         decode_text=decoder_for(directory),
         goldens=goldens,
     ).to_json()
+    results["model"]["asked_as"] = model  # a path or hub id says more than its name
     return _with_gpu_record(results, _gpu_record(results, prompts, goldens))
 
 

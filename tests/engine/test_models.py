@@ -5,7 +5,7 @@ import pytest
 from engine.checkpoint import open_checkpoint
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
-from engine.models import cache_root, model_names, resolve
+from engine.models import cache_root, model_names, name_of, resolve
 from engine.sources import hub, shape, smollm2
 
 
@@ -84,3 +84,16 @@ def test_a_file_is_no_model(tmp_path: Path):
 def test_an_empty_name_is_not_the_working_directory():
     with pytest.raises(CheckpointError, match="got an empty one"):
         resolve("")
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("toy-wide", "toy-wide"),
+        ("meta-llama/Llama-3.2-1B", "Llama-3.2-1B"),
+        ("/models/mine/", "mine"),
+        ("models/../mine", "mine"),
+    ],
+)
+def test_a_model_is_called_by_its_name_or_the_last_part_of_its_path(model: str, name: str):
+    assert name_of(model) == name

@@ -114,8 +114,15 @@ def test_a_prompt_that_was_not_recorded_fails(root: Path):
     assert "prompt c was never recorded" in found.reason
 
 
+def test_a_directory_with_the_name_of_our_model_is_not_held_to_our_record():
+    assert len(golden_check.golden_roots("toy")) == 2
+    (root,) = golden_check.golden_roots("models/toy")
+
+    assert root == golden_check.golden_roots("toy")[1]
+
+
 def test_the_record_in_git_comes_before_the_one_in_the_cache():
-    first, second = golden_check.golden_roots()
+    first, second = golden_check.golden_roots("toy")
 
     assert first.name == second.name == "golden"
     assert (first / "prompts.jsonl").exists()

@@ -1,11 +1,16 @@
+import argparse
+import io
 import json
 import os
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from engine.models import resolve
 from tests.verification.test_goldens import MANIFEST, TAPS, golden_prompt
 from verification import goldens, record
 from verification.record import RecordRefused
@@ -136,6 +141,48 @@ def test_a_record_that_fails_half_way_leaves_the_old_one(tmp_path: Path, monkeyp
 
     assert list(goldens.load(tmp_path / "toy").prompts) == ["a"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["toy"]
+
+
+def test_a_directory_that_is_no_record_is_never_replaced(tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_text("weights")
+
+    with pytest.raises(RecordRefused, match="no golden set"):
+        record.write(tmp_path / "model", dict(MANIFEST), {"a": golden_prompt(0)})
+
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["model.safetensors"]
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, monkeypatch):
+    """Records a model with made-up measurements, roots and all in tmp_path."""
+    monkeypatch.setattr(goldens, "GOLDEN_ROOT", tmp_path / "in_git")
+    monkeypatch.setattr(record, "cache_root", lambda: tmp_path / "cache")
+    facts = {"numerics_version": "n.1", "weights_sha256": "w"}
+    monkeypatch.setattr(record, "measure", lambda *_: (facts, {"a": golden_prompt(0)}))
+    options = argparse.Namespace(prompts=None, why="a test", dirty_because="a test")
+    return lambda model: record.record(str(model), options, Console(file=io.StringIO()))
+
+
+def test_the_record_of_a_directory_lies_in_the_cache_under_its_last_name(recorded, tmp_path: Path):
+    model = tmp_path / "models" / "mine"
+    shutil.copytree(resolve("toy"), model)
+    files = sorted(model.iterdir())
+
+    assert recorded(model) == tmp_path / "cache" / "golden" / "mine"
+    assert goldens.load(tmp_path / "cache" / "golden" / "mine").manifest["model"] == "mine"
+    assert sorted(model.iterdir()) == files
+
+
+def test_a_directory_with_the_name_of_one_of_our_models_has_no_record(recorded, tmp_path: Path):
+    shutil.copytree(resolve("toy"), tmp_path / "toy-wide")
+
+    with pytest.raises(RecordRefused, match="toy-wide"):
+        recorded(tmp_path / "toy-wide")
+
+
+def test_our_own_models_lie_in_git(recorded, tmp_path: Path):
+    assert recorded("toy") == tmp_path / "in_git" / "toy"
 
 
 def test_the_same_record_is_the_same_bytes(tmp_path: Path):

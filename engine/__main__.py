@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None, make_runner: RunnerFactory | No
             run_bench(options, bar.report)
         else:
             run_generate(options, make_runner, bar.report, bar.close)
+        sys.stdout.flush()  # here, where a reader that has gone is an error like any other
     except BrokenPipeError:
         # The reader has gone; the interpreter must not complain about it when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

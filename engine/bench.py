@@ -47,6 +47,8 @@ class Workload:
             low, high = getattr(self, name)
             if not 1 <= low <= high:
                 raise InvalidArgument(f"{name} must be from 1 up and in order, got {low}:{high}")
+        if self.seed < 0:
+            raise InvalidArgument(f"seed must be at least 0, got {self.seed}")
         if not self.request_rate > 0:
             raise InvalidArgument(f"request_rate must be over 0, got {self.request_rate}")
 
@@ -218,7 +220,7 @@ def pure_steps(engine: LLMEngine, requests: Items[Planned]) -> PureSteps:
     width = -(-context // config.block_size)
     num_seqs = min(config.max_num_seqs, len(requests), config.num_blocks // width)
     tables = np.arange(num_seqs * width).reshape(num_seqs, width).tolist()
-    length = min(mean_in, config.max_num_tokens)
+    length = min(mean_in, config.max_num_tokens, context)  # a prompt too long is refused later
     count = min(config.max_num_tokens // length, num_seqs)
     prompts = [SequenceSlice([1] * length, 0, table) for table in tables[:count]]
     rows = [SequenceSlice([1], context - 1, table) for table in tables]

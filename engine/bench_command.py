@@ -110,4 +110,7 @@ def run_bench(options: argparse.Namespace, progress: Callable[[str, int, int], N
 def _lengths(text: str) -> tuple[int, int]:
     """N or FROM:TO."""
     low, _, high = text.partition(":")
-    return int(low), int(high or low)  # argparse turns ValueError into wrong use
+    try:
+        return int(low), int(high or low)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be N or FROM:TO, got {text!r}") from error

@@ -258,13 +258,15 @@ def _shown_rate(rate: float | None) -> str:
 
 def _positive(text: str) -> int:
     """An argument that must be an integer of at least 1."""
-    value = int(text)  # argparse turns ValueError into wrong use
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
 
 
 def _bias(text: str) -> tuple[int, float]:
     """ID:BIAS."""
     token_id, _, bias = text.partition(":")
-    return int(token_id), float(bias)  # argparse turns ValueError into wrong use
+    try:
+        return int(token_id), float(bias)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be ID:BIAS, got {text!r}") from error

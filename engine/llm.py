@@ -11,6 +11,7 @@ from collections.abc import Sequence as Items
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -69,14 +70,18 @@ class LLM:
         self.tokenizer = Tokenizer.from_directory(directory) if has_text else None
         self.runner = self._open(directory, device, wishes, report)
         self.engine_config = self.runner.engine_config
-        self.engine = LLMEngine(
-            self.runner,
-            self.model_config,
-            self.engine_config,
-            self.tokenizer,
-            enable_prefix_caching,
-            async_scheduling=async_scheduling,
-        )
+        try:
+            self.engine = LLMEngine(
+                self.runner,
+                self.model_config,
+                self.engine_config,
+                self.tokenizer,
+                enable_prefix_caching,
+                async_scheduling=async_scheduling,
+            )
+        except BaseException:
+            self.runner.close()
+            raise
         self._names = itertools.count()
         self._inbox: dict[str, deque[RequestOutput]] = {}
 
@@ -150,8 +155,9 @@ class LLM:
             The answer so far, after each token; `delta` of its outputs is what is new. Leaving the
             iterator aborts the request.
         """
-        name = self._add(prompt, sampling_params, 0, stream=True)
-        return self._read(name)
+        answers = self._read(self._add(prompt, sampling_params, 0, stream=True))
+        next(answers)  # a generator that has begun is told when it is left, even if nobody reads it
+        return answers
 
     def chat(
         self,
@@ -199,7 +205,9 @@ class LLM:
             self._inbox[output.request_id].append(output)
 
     def _read(self, name: str) -> Iterator[RequestOutput]:
+        """The outputs of a request, after a first item that is none."""
         try:
+            yield None
             while True:
                 while not self._inbox[name]:
                     self._step()
@@ -245,7 +253,11 @@ class _Bar:
 
 def _as_list(prompts: object) -> list:
     """Prompts as a list: token ids are one prompt, and so is a text or a mapping."""
-    if isinstance(prompts, list | tuple) and prompts and not isinstance(prompts[0], int):
+    if (
+        isinstance(prompts, list | tuple)
+        and prompts
+        and not isinstance(prompts[0], int | np.integer)
+    ):
         return list(prompts)
     return [] if isinstance(prompts, list | tuple) and not prompts else [prompts]
 

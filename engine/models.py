@@ -16,9 +16,20 @@ Progress = Callable[[str, int, int], None]
 
 
 def cache_root() -> Path:
-    """Where models are kept: `$TOUCHSTONE_CACHE`, or a folder of the user's own cache."""
+    """Where models are kept: `$TOUCHSTONE_CACHE`, or a folder of the user's own cache.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
     configured = os.environ.get("TOUCHSTONE_CACHE")
-    return Path(configured) if configured else Path.home() / ".cache" / "touchstone"
+    if configured:
+        return Path(configured)
+    try:
+        return Path.home() / ".cache" / "touchstone"
+    except RuntimeError as error:
+        raise CheckpointError(
+            "this user has no home directory: name one for models in $TOUCHSTONE_CACHE"
+        ) from error
 
 
 def model_names() -> tuple[str, ...]:
@@ -51,7 +62,10 @@ def resolve(name_or_path: str | Path, progress: Progress | None = None) -> Path:
         return shape.resolve_shape(cache_root(), report)
     if not name:
         raise CheckpointError("model must be a name or a path, got an empty one")
-    path = Path(name_or_path).expanduser()
+    try:
+        path = Path(name_or_path).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"{name}: this user has no home directory") from error
     if path.is_dir():
         return path
     if path.exists():

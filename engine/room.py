@@ -81,7 +81,8 @@ def make_room(
         free_bytes: what the device has left beside an engine of that room, cache apart.
 
     Raises:
-        InvalidArgument: max_model_len is over the model's context, or no legal room.
+        InvalidArgument: max_model_len is over the model's context, max_num_batched_tokens is less
+            than a token for each sequence, or no legal room.
         OutOfMemory: not one block fits.
     """
     context = config.max_position_embeddings
@@ -90,6 +91,10 @@ def make_room(
     budget = room.max_num_batched_tokens
     if budget is None:
         budget = max(8192 if is_gpu else 256, max_num_seqs)
+    if budget < max_num_seqs:
+        raise InvalidArgument(
+            f"max_num_batched_tokens must be at least max_num_seqs ({max_num_seqs}), got {budget}"
+        )
     if _or(room.max_model_len, 1) > context:
         raise InvalidArgument(
             f"max_model_len must be at most {context} (max_position_embeddings), "

@@ -290,8 +290,8 @@ def _masked(text: str) -> str:
 def _template_of(path: Path, value: Any) -> str | None:
     """The template in tokenizer_config.json: a text, or a list of named ones."""
     if isinstance(value, list):
-        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-        value = named.get("default")
+        named = [item for item in value if isinstance(item, dict) and item.get("name") == "default"]
+        value = named[-1].get("template") if named else None
     if value is not None and not isinstance(value, str):
         raise CheckpointError(f"{path}: chat_template must be a string, got {type(value).__name__}")
     return value

@@ -27,6 +27,7 @@ from verification.taps import OPERATIONS, RESULT_ORDER
 
 DEFAULT_MODEL = "smollm2-135m"
 DEVICES = ("cpu", "cuda")
+MAX_LAYER = 9999  # of any model; a range is written out before the model is known
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,6 +65,8 @@ def parse_layers(text: str) -> tuple[int, ...]:
             )
         if dash and int(last) < int(first):
             raise argparse.ArgumentTypeError(f"range {part.strip()!r} ends before it begins")
+        if int(last or first) > MAX_LAYER:
+            raise argparse.ArgumentTypeError(f"{part.strip()!r} is beyond layer {MAX_LAYER}")
         layers.update(range(int(first), int(last if dash else first) + 1))
     return tuple(sorted(layers))
 

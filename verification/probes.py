@@ -46,11 +46,10 @@ def probe_group(config: ModelConfig, num_decode: int) -> list[GroupPrompt]:
     Args:
         num_decode: last tokens that are decoded one by one.
     """
-    last = config.vocab_size - 1
+    size = config.vocab_size
+    ids = [(-i if i % 2 else i) % size for i in range(max(LENGTHS))]
     return [
-        group_prompt(
-            f"{PROBE_PREFIX}{length}", [last - i if i % 2 else i for i in range(length)], num_decode
-        )
+        group_prompt(f"{PROBE_PREFIX}{length}", ids[:length], num_decode)
         for length in LENGTHS
         if length <= config.max_position_embeddings
     ]

@@ -42,6 +42,8 @@ def resolve_hub(repository: str) -> Path:
         return Path(
             huggingface_hub.snapshot_download(repository, allow_patterns=list(WANTED_FILES))
         )
+    except errors.HFValidationError as error:
+        raise CheckpointError(f"{repository}: no hub id: {_first_line(error)}") from error
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{repository}: access is gated: accept its licence on its page, "

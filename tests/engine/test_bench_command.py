@@ -61,9 +61,25 @@ def test_what_does_not_fit_is_an_error_in_words(capsys):
     assert "error: max_tokens must be from 1 to 4" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["bench"], ["bench", "latency", "--input-len", "x"]])
+def test_prompts_that_do_not_fit_are_an_error_in_the_callers_words(capsys):
+    code = main(["bench", "throughput", *SMALL, "--input-len", "200", "--num-prompts", "1"])
+
+    assert code == 1
+    assert "error: prompt must have at most 63 tokens" in capsys.readouterr().err
+
+
+def test_a_negative_seed_is_an_error_in_words(capsys):
+    assert main(["bench", "latency", *SMALL, "--seed", "-1"]) == 1
+    assert capsys.readouterr().err == "error: seed must be at least 0, got -1\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["bench"], ["bench", "latency", "--input-len", "x"], ["generate", "--threads", "x"]],
+)
 def test_wrong_use_is_wrong_use(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
 
     assert caught.value.code == 2
+    assert "invalid _" not in capsys.readouterr().err  # the name of a function of ours

@@ -5,12 +5,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 
 import engine
 from engine.bindings import Library
 from engine.errors import DeviceUnavailable, InvalidArgument
 from engine.llm import LLM
+from engine.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -218,6 +220,32 @@ def test_every_parameter_changes_the_output(llm: LLM, name: str):
     assert outputs[0].outputs == llm.generate("hello", before)[0].outputs  # and nothing else does
     seen = [(output.outputs, output.prompt_logprobs) for output in outputs]
     assert seen[0] != seen[1]
+
+
+def test_a_stream_that_nobody_reads_is_left_like_any_other(llm: LLM):
+    llm.stream("hello", GREEDY).close()
+
+
+def test_token_ids_may_be_numpys(llm: LLM):
+    ids = llm.tokenizer.encode("hello", add_bos=llm.tokenizer.adds_bos)
+
+    outputs = [*llm.generate(list(np.array(ids)), GREEDY), *llm.generate(np.array(ids), GREEDY)]
+
+    assert len({output.outputs for output in [*outputs, *llm.generate("hello", GREEDY)]}) == 1
+
+
+def test_a_model_whose_serving_is_refused_is_closed(library: Library, monkeypatch):
+    closed = []
+    monkeypatch.setattr(ModelRunner, "close", lambda runner: closed.append(runner.engine.close()))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise InvalidArgument("no")
+
+    monkeypatch.setattr("engine.llm.LLMEngine", refuse)
+    with pytest.raises(InvalidArgument):
+        LLM("toy", device="cpu", library=library, kv_cache_memory_bytes=1 << 22)
+
+    assert len(closed) == 1
 
 
 def test_an_unknown_argument_is_refused(library: Library):

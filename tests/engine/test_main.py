@@ -299,14 +299,17 @@ def test_wrong_use_is_exit_code_2(capsys, arguments):
         main(arguments, Factory())
 
     assert leaving.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "usage:" in said
+    assert "invalid _" not in said  # the name of a function of ours
 
 
-def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path):
+@pytest.mark.parametrize("words", [[], ["--json"]], ids=["text", "json"])
+def test_a_reader_that_goes_away_is_no_traceback(words: list[str]):
     # A process of its own: the case is the interpreter's flush at exit.
     script = (
         "import sys; from engine.__main__ import main; from tests.engine.test_main import Factory\n"
-        "sys.exit(main(['generate', '--model', 'toy', 'x'], Factory()))"
+        f"sys.exit(main(['generate', '--model', 'toy', 'x', *{words}], Factory()))"
     )
     reader, writer = os.pipe()
     os.close(reader)
@@ -317,7 +320,7 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path):
         stderr=subprocess.PIPE,
         text=True,
         cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": ""},
         check=False,
     )
     os.close(writer)

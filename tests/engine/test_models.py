@@ -97,3 +97,21 @@ def test_an_empty_name_is_not_the_working_directory():
 )
 def test_a_model_is_called_by_its_name_or_the_last_part_of_its_path(model: str, name: str):
     assert name_of(model) == name
+
+
+def test_a_home_that_nobody_has_is_an_error_in_words():
+    with pytest.raises(CheckpointError, match="~nobody-here/model"):
+        resolve("~nobody-here/model")
+
+
+def test_without_a_home_the_message_names_the_variable_for_the_cache(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def homeless(*_: object) -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("TOUCHSTONE_CACHE")
+    monkeypatch.setattr(Path, "home", homeless)
+
+    with pytest.raises(CheckpointError, match="TOUCHSTONE_CACHE"):
+        cache_root()

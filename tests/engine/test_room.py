@@ -98,3 +98,10 @@ def test_a_cache_without_a_block_is_refused():
 def test_an_illegal_wish_is_refused_by_name(wish: dict[str, object]):
     with pytest.raises(InvalidArgument, match="max_seq_len|" + next(iter(wish))):
         made(**wish)
+
+
+def test_a_budget_of_less_than_a_token_for_each_is_refused_before_anything_is_loaded():
+    with pytest.raises(
+        InvalidArgument, match=r"max_num_batched_tokens .* max_num_seqs \(8\), got 4"
+    ):
+        made(max_num_seqs=8, max_num_batched_tokens=4)

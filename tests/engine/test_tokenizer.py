@@ -230,6 +230,12 @@ class TestFromDirectory:
 
         assert Tokenizer.from_directory(directory).render_chat(user("x")) == "b"
 
+    def test_a_template_whose_name_is_no_name_is_not_the_default(self, directory: Path):
+        named = [{"name": ["default"], "template": "a"}, {"template": "b"}]
+        (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+
+        assert not Tokenizer.from_directory(directory).has_chat_template
+
     def test_a_tokenizer_alone_has_neither_bos_nor_chat(self, directory: Path):
         tokenizer = Tokenizer.from_directory(directory)
 

@@ -27,7 +27,7 @@ def test_layers_are_numbers_and_ranges(text: str, layers: tuple):
     assert parse_layers(text) == layers
 
 
-@pytest.mark.parametrize("text", ["", "a", "-1", "1-", "1--2", "5-3", "1.5", "²"])
+@pytest.mark.parametrize("text", ["", "a", "-1", "1-", "1--2", "5-3", "1.5", "²", "0-9999999999"])
 def test_what_is_no_layer_is_refused(text: str):
     with pytest.raises(argparse.ArgumentTypeError):
         parse_layers(text)

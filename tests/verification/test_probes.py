@@ -1,11 +1,13 @@
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 from engine.config import ModelConfig
 from engine.models import resolve
+from engine.sources.toy import CONFIGS
 from tests.verification.fake_engine import TILE, FakeEngine
 from verification.engine_runs import GroupPrompt
 from verification.harness import (
@@ -55,6 +57,17 @@ def place(results: Results) -> tuple[str, str, int]:
     failure = results.first_failure
     assert failure is not None and (failure.prompt or "probe").startswith("probe")
     return (failure.operator, failure.tap, failure.layer)
+
+
+@pytest.mark.parametrize("vocab_size", [100, 260, 320, 49152])
+def test_ids_reach_both_ends_of_the_vocabulary_and_no_further(vocab_size: int):
+    group = probe_group(
+        replace(CONFIGS["toy"], vocab_size=vocab_size, eos_token_ids=(), bos_token_id=None), 8
+    )
+
+    ids = {token for prompt in group for token in prompt.token_ids}
+
+    assert (min(ids), max(ids)) == (0, vocab_size - 1)
 
 
 def test_a_right_engine_passes_the_probes(subject):

@@ -76,8 +76,9 @@ def response(status_code: int) -> Any:
         (errors.LocalEntryNotFoundError("nothing cached"), "the hub cannot be reached"),
         (errors.OfflineModeIsEnabled("offline mode"), "the hub cannot be reached: offline mode"),
         (ConnectionError("no route"), "the hub cannot be reached: no route"),
+        (errors.HFValidationError("Cannot have --"), "no hub id: Cannot have --"),
     ],
-    ids=["gated", "missing", "http", "not-cached", "offline", "network"],
+    ids=["gated", "missing", "http", "not-cached", "offline", "network", "name"],
 )
 def test_a_model_that_cannot_be_had_says_why(monkeypatch, failure, expected):
     def snapshot(*arguments: object, **kwargs: object) -> str:

@@ -7,7 +7,7 @@ the verdict is pass, 1 it is not or something refused, 2 the command was wrong, 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -147,14 +147,31 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, console: C
 
 
 def json_text(results: dict) -> str:
-    """verify.json: one line per part, and one per row of the parts that are lists of rows."""
+    """verify.json: one line per part, and one per row of the parts that are lists of rows.
+
+    The cells, some sixty thousand, do not repeat their fields' names in every row: they are
+    {"columns": [names], "rows": [[values], ...]}, with six digits of what is measured.
+    """
     parts = []
     for key, part in results.items():
-        text = json.dumps(part, allow_nan=False)
-        if isinstance(part, list) and part:
-            text = "[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in part) + "\n]"
+        if key == "cells" and part:
+            columns = json.dumps(list(part[0]))
+            rows = _json_rows([_digits(value) for value in cell.values()] for cell in part)
+            text = f'{{"columns": {columns}, "rows": {rows}}}'
+        elif isinstance(part, list) and part:
+            text = _json_rows(part)
+        else:
+            text = json.dumps(part, allow_nan=False)
         parts.append(f"{json.dumps(key)}: {text}")
     return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _json_rows(rows: Iterable[object]) -> str:
+    return "[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in rows) + "\n]"
+
+
+def _digits(value: object) -> object:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _check_layers(

@@ -1,7 +1,7 @@
 """The results of a verification as data, and their form in verify.json.
 
-Holds what the reports show; decides nothing. Invariant: `to_json` gives exactly schema 1, with no
-NaN in it.
+Holds what the reports show; decides nothing. Invariant: `to_json` gives exactly the fields below,
+with no NaN among them.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any
 from verification.goldens import GoldenVerdict
 from verification.rounding import HISTOGRAM_BINS
 
-SCHEMA = 1
+SCHEMA = 2  # of verify.json
 
 
 @dataclass(frozen=True)

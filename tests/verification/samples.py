@@ -44,7 +44,7 @@ def passing_run() -> dict:
         for layer in (range(NUM_LAYERS) if (tap, _, grade) in LAYER_TAPS else (0,))
     ]
     return {
-        "schema": 1,
+        "schema": 2,
         "model": {
             "name": "smollm2-135m",
             "weights_sha256": "9f2c" * 16,

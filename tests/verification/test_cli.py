@@ -100,7 +100,13 @@ def test_a_passing_run_exits_0_and_leaves_both_files(command, tmp_path: Path):
 def test_the_json_file_holds_the_results_one_row_per_line(run):
     text = command_line.json_text(run())
 
-    assert json.loads(text) == run()
+    written, results = json.loads(text), run()
+    table, cells = written.pop("cells") or {"columns": [], "rows": []}, results.pop("cells")
+    assert written == results
+    for row, cell in zip(table["rows"], cells, strict=True):
+        assert table["columns"] == list(cell)
+        for found, value in zip(row, cell.values(), strict=True):
+            assert found == (pytest.approx(value, 1e-5) if isinstance(value, float) else value)
     assert text.count("\n") > len(run()["cells"]) + len(run()["summary"])
 
 
@@ -253,5 +259,6 @@ def test_the_whole_command_verifies_a_toy(tmp_path: Path):
 
     results = json.loads((tmp_path / "v.json").read_text())
     assert status == 0, results["first_failure"]
-    assert {cell["layer"] for cell in results["cells"]} == {1}
+    layer = results["cells"]["columns"].index("layer")
+    assert {row[layer] for row in results["cells"]["rows"]} == {1}
     assert results["goldens"]["status"] == "not run"

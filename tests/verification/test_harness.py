@@ -168,7 +168,7 @@ def test_a_result_becomes_json_without_nan_and_with_every_field(subject):
     fields = verified(subject, GivesNan).to_json()
 
     json.dumps(fields, allow_nan=False)
-    assert fields["schema"] == 1
+    assert fields["schema"] == 2
     assert fields["first_failure"]["got"] is None
     assert set(fields["cells"][0]) == {
         *("mode", "phase", "prompt", "layer", "tap", "grade"),

@@ -72,44 +72,28 @@ def run_decode(
     Returns:
         The pass, rows prompt after prompt, and the arg-max of each row, int32.
     """
-    known = prefill.reference
     middle = _run_middle(runner, prompts, prefill)
-    logit_rows = prefill.logit_rows.numpy()
-    steps: list[Trace] = []
-    ids: list[np.ndarray] = []
-    done: list[tuple[int, int]] = []  # (prompt, position), in the order of computation
-    for step in range(max(p.num_decode for p in prompts)):
-        active = [(i, p.first + step) for i, p in enumerate(prompts) if step < p.num_decode]
-        slices = [_slice(prompts[i], prefill, at, at + 1) for i, at in active]
-        forced = None
-        if known is not None:
-            rows = np.concatenate([prompts[i].rows(at, at + 1) for i, at in active])
-            forced = rows_of(known, rows, logit_rows)
-        outputs, chosen = tapped_step(runner, slices, np.arange(len(active)), forced)
-        steps.append(outputs)
-        ids.append(chosen)
-        done += active
-
-    order = sorted(range(len(done)), key=done.__getitem__)  # one prompt after another
-    outputs = {key: torch.cat([step[key] for step in steps])[order] for key in steps[0]}
+    outputs, next_ids = _run_steps(runner, prompts, prefill)
     rows = np.concatenate([p.rows(p.first, p.num_tokens) for p in prompts])
+    logit_rows = prefill.logit_rows.numpy()
+    known = prefill.reference
     source = None if known is None else rows_of(known, rows, logit_rows)
     segments = _segments(prompts)
 
     def keys(layer: int, index: int) -> tuple[Tensor, Tensor]:
         prompt = prompts[index]
         if known is not None:
-            return known["k_rope", layer][prompt.segment.rows], known["v", layer][
-                prompt.segment.rows
-            ]
+            every = prompt.segment.rows
+            return known["k_rope", layer][every], known["v", layer][every]
         shared = prompt.rows(0, prompt.num_shared)
         own = segments[index].rows
-        taps = ("k_rope", "v")
-        parts = [
-            (prefill.outputs[t, layer][shared], middle[index][t, layer], outputs[t, layer][own])
-            for t in taps
-        ]
-        return torch.cat(parts[0]), torch.cat(parts[1])
+        k, v = (
+            torch.cat(
+                [prefill.outputs[t, layer][shared], middle[index][t, layer], outputs[t, layer][own]]
+            )
+            for t in ("k_rope", "v")
+        )
+        return k, v
 
     run = Pass(
         mode=prefill.mode,
@@ -124,7 +108,31 @@ def run_decode(
         reference=source,
         twin=rows_of(prefill.outputs, rows, logit_rows),
     )
-    return run, np.concatenate(ids)[order]
+    return run, next_ids
+
+
+def _run_steps(
+    runner: Runner, prompts: Sequence[DecodedPrompt], prefill: Pass
+) -> tuple[Trace, np.ndarray]:
+    """Decodes, a token of each prompt per step; taps and arg-max with rows prompt after prompt."""
+    logit_rows = prefill.logit_rows.numpy()
+    steps: list[Trace] = []
+    ids: list[np.ndarray] = []
+    done: list[tuple[int, int]] = []  # (prompt, position), in the order of computation
+    for step in range(max(p.num_decode for p in prompts)):
+        active = [(i, p.first + step) for i, p in enumerate(prompts) if step < p.num_decode]
+        slices = [_slice(prompts[i], prefill, at, at + 1) for i, at in active]
+        forced = None
+        if prefill.reference is not None:
+            rows = np.concatenate([prompts[i].rows(at, at + 1) for i, at in active])
+            forced = rows_of(prefill.reference, rows, logit_rows)
+        outputs, chosen = tapped_step(runner, slices, np.arange(len(active)), forced)
+        steps.append(outputs)
+        ids.append(chosen)
+        done += active
+    order = sorted(range(len(done)), key=done.__getitem__)
+    outputs = {key: torch.cat([step[key] for step in steps])[order] for key in steps[0]}
+    return outputs, np.concatenate(ids)[order]
 
 
 def _run_middle(runner: Runner, prompts: Sequence[DecodedPrompt], prefill: Pass) -> list[Trace]:

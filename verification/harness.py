@@ -153,37 +153,9 @@ def verify_engine(
         run.grade_group(group)
     run.operators.finish()
     run.whole.finish()
-    cells = run.whole.merged([*run.state.cells, *run.operators.cells])
-    summary = summarise(cells, run.findings, run.state.not_run)
-    found = goldens.verdict() if goldens else GoldenVerdict("not run", "only a part was verified")
-    is_pass = bool(cells) and not run.findings.failed and found.status != "fail"
     work.step("done")
-    return Results(
-        model={
-            "name": subject.name,
-            "weights_sha256": subject.weights_sha256,
-            "config": asdict(engine.runner.config),
-        },
-        engine={
-            "device": options.device,
-            "numerics_version": engine.numerics_version,
-            "source_stamp": engine.source_stamp,
-        },
-        versions=software_versions(),
-        machine={"cpu": cpu_name(), "cores": torch.get_num_threads()},
-        started=started.isoformat(timespec="seconds"),
-        seconds=round(time.monotonic() - clock, 3),
-        verdict="pass" if is_pass else "fail",
-        summary=tuple(summary),
-        cells=tuple(cells),
-        ulp_histogram=dict(run.operators.histograms),
-        residual_growth=run.whole.growth(),
-        logits=tuple(run.whole.logits),
-        tokens=tuple(run.whole.tokens),
-        goldens=found,
-        first_failure=run.findings.first(),
-        failed_checks=run.findings.count_by_level(),
-    )
+    seconds = round(time.monotonic() - clock, 3)
+    return _results(run, engine, subject, options, goldens, started, seconds)
 
 
 class _Verification:
@@ -258,6 +230,47 @@ class _Verification:
         self.whole.grade(free.passes[0], known, truth)
         if self._goldens is not None:
             self._goldens.add_group(free.passes[0], truth)
+
+
+def _results(
+    run: _Verification,
+    engine: EngineUnderTest,
+    subject: Subject,
+    options: Options,
+    goldens: GoldenRun | None,
+    started: datetime,
+    seconds: float,
+) -> Results:
+    """What the graders of a finished run hold."""
+    cells = run.whole.merged([*run.state.cells, *run.operators.cells])
+    found = goldens.verdict() if goldens else GoldenVerdict("not run", "only a part was verified")
+    is_pass = bool(cells) and not run.findings.failed and found.status != "fail"
+    return Results(
+        model={
+            "name": subject.name,
+            "weights_sha256": subject.weights_sha256,
+            "config": asdict(engine.runner.config),
+        },
+        engine={
+            "device": options.device,
+            "numerics_version": engine.numerics_version,
+            "source_stamp": engine.source_stamp,
+        },
+        versions=software_versions(),
+        machine={"cpu": cpu_name(), "cores": torch.get_num_threads()},
+        started=started.isoformat(timespec="seconds"),
+        seconds=seconds,
+        verdict="pass" if is_pass else "fail",
+        summary=tuple(summarise(cells, run.findings, run.state.not_run)),
+        cells=tuple(cells),
+        ulp_histogram=dict(run.operators.histograms),
+        residual_growth=run.whole.growth(),
+        logits=tuple(run.whole.logits),
+        tokens=tuple(run.whole.tokens),
+        goldens=found,
+        first_failure=run.findings.first(),
+        failed_checks=run.findings.count_by_level(),
+    )
 
 
 def _traces(reference: Reference, group: Sequence[GroupPrompt]) -> tuple[Trace, list[Past]]:

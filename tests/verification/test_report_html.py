@@ -12,6 +12,7 @@ from verification.report_html import heat_map, render, residual_growth, token_ri
 from verification.report_html.markup import escape
 
 VOID = {"meta", "br"}
+WIDE = "div.wide"
 
 
 class Page(HTMLParser):
@@ -23,21 +24,25 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.attributes: list[tuple[str, str | None]] = []
         self.words: list[str] = []
+        self.loose: list[str] = []  # tables and figures outside a box that scrolls
         self.feed(page)
         assert not self.open, f"left open: {self.open}"
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += attrs
+        if tag in ("table", "svg") and WIDE not in self.open:
+            self.loose.append(tag)
         if tag not in VOID:
-            self.open.append(tag)
+            self.open.append(WIDE if ("class", "wide") in attrs else tag)
 
     def handle_startendtag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += attrs
 
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        opened = self.open.pop()
+        assert opened == tag or (opened, tag) == (WIDE, "div")
 
     def handle_data(self, data):
         self.words.append(data)
@@ -48,6 +53,15 @@ RUNS = {
     "fail": samples.failing_run,
     "not run": samples.not_run,
 }
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_may_be_wider_than_the_screen_scrolls_in_its_own_box(name: str):
+    page = render(RUNS[name](), load_all())
+
+    assert Page(page).loose == []
+    assert Page("<section><table></table></section>").loose == ["table"]
+    assert ".wide { overflow-x: auto; }" in page
 
 
 @pytest.mark.parametrize("name", RUNS)

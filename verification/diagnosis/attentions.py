@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from engine.config import ModelConfig
 from verification import budgets
 from verification.diagnosis.scene import Guess, Scene
 from verification.expected import Bounded
@@ -51,20 +52,22 @@ class Change:
 
 def guesses(scene: Scene) -> Iterator[Guess]:
     """What is known to go wrong in attention."""
-    for change in _changes(scene):
+    for change in (*_scales(scene.config), *_masks(), *_heads(scene.config)):
         yield _guess(scene, change)
     yield from _other_sequences(scene)
 
 
-def _changes(scene: Scene) -> Iterator[Change]:
-    config = scene.config
-    head_dim, num_heads, num_kv = config.head_dim, config.num_heads, config.num_kv_heads
+def _scales(config: ModelConfig) -> Iterator[Change]:
+    head_dim = config.head_dim
     yield Change("attention without 1 / sqrt(head_dim)", math.sqrt(head_dim))
     yield Change("attention with 1 / head_dim for 1 / sqrt(head_dim)", 1 / math.sqrt(head_dim))
     yield Change("attention with 2 for e: log2 e is missing", LN_2)
     yield Change("attention with log2 e taken twice", 1 / LN_2)
     yield Change("attention with 1 / sqrt(hidden_size)", math.sqrt(head_dim / config.hidden_size))
     yield Change("a plain mean: scores are ignored", 0.0)
+
+
+def _masks() -> Iterator[Change]:
     yield Change("attention that sees the next token", sees=lambda at, k: k <= at + 1)
     yield Change(
         "attention that sees the next token of its tile",
@@ -100,6 +103,10 @@ def _changes(scene: Scene) -> Iterator[Change]:
     yield Change(
         "attention to the first segment alone", sees=lambda at, k: (k <= at) & (k < SEGMENT)
     )
+
+
+def _heads(config: ModelConfig) -> Iterator[Change]:
+    num_heads, num_kv = config.num_heads, config.num_kv_heads
     group = num_heads // num_kv
     if group > 1 and num_kv > 1:
         heads = range(num_heads)
@@ -135,7 +142,7 @@ def _guess(scene: Scene, change: Change) -> Guess:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, first: int, config: object, change: Change
+    q: Tensor, k: Tensor, v: Tensor, first: int, config: ModelConfig, change: Change
 ) -> tuple[AttentionExpected, Tensor]:
     """One sequence; and the rows whose keys are all known and not none."""
     head_dim, num_heads = config.head_dim, config.num_heads
@@ -164,7 +171,7 @@ def _attend(
     return result, is_defined
 
 
-def _joined(parts: list[AttentionExpected], config: object) -> Bounded:
+def _joined(parts: list[AttentionExpected], config: ModelConfig) -> Bounded:
     names = ("value", "mean_magnitude", "spread", "score_condition", "num_tiles")
     joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     whole = AttentionExpected(**joined, head_dim=config.head_dim)

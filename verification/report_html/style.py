@@ -39,6 +39,7 @@ h1 small { font-weight: 300; color: #b9b6ae; font-size: 24px; }
 .tiles b { display: block; font-size: 23px; line-height: 1.2; font-weight: 600; }
 .tiles span { color: #b9b6ae; font-size: 13px; }
 section { padding: 26px 0 4px; }
+.wide { overflow-x: auto; }
 section + section { border-top: 1px solid var(--rule); margin-top: 22px; }
 h2 { margin: 0 0 4px; font-size: 20px; font-weight: 600; }
 h3 { margin: 16px 0 4px; font-size: 14px; font-weight: 600; }
@@ -106,8 +107,9 @@ details { margin: 14px 0 0; } summary { cursor: pointer; font-weight: 600; }
 .mark.alive { background: var(--equal); color: var(--dim); }
 .provenance dl { grid-template-columns: 1fr; font-size: 13px; } .provenance { padding-bottom: 40px;
   }
-@media (max-width: 760px) { .inner, main { padding: 0 14px; } section { overflow-x: auto; }
-  section > svg { min-width: 720px; } dl { grid-template-columns: 1fr; } .top { flex-wrap: wrap; } }
+@media (max-width: 760px) { .inner, main { padding: 0 14px; } .wide > svg { min-width: 720px; }
+  dl { grid-template-columns: 1fr; } .top { flex-wrap: wrap; } }
 @media print { :root { --paper: #fff; } body { font-size: 12px; } section { break-inside: avoid; }
+  .wide { overflow: visible; }
   .inner, main { max-width: none; padding: 0 6mm; } }
 """

@@ -25,7 +25,7 @@ typedef struct Weights {
 } Weights;
 
 // What a step writes; sized once for the largest step. What is never alive together shares memory: q, k, v,
-// attn and projected with up; gate with act, which is computed in its place.
+// attn and projected with up; gate with act, which is computed in its place; the logits with all of these.
 typedef struct Activations {
     bf16 *residual;     // [max_num_tokens, hidden_size]
     bf16 *normed;       // [max_num_tokens, hidden_size]

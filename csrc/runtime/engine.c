@@ -24,7 +24,9 @@ static size_t larger(size_t a, size_t b) {
     return a > b ? a : b;
 }
 
-// Attention's values are dead when the MLP begins, gate when act takes its place, up when down is computed.
+// Values in one allocation lie there one after another, and none is alive with one in its place: attention's
+// values are dead when the MLP begins, gate when act takes its place, up when down is computed, all of them
+// when the logits are.
 static Status allocate_activations(Engine *e) {
     const EngineModelConfig *c = &e->model.config;
     Activations *a = &e->model.activations;
@@ -33,21 +35,22 @@ static Status allocate_activations(Engine *e) {
     size_t heads = tokens * c->num_heads * c->head_dim;
     size_t kv_heads = tokens * c->num_kv_heads * c->head_dim;
     size_t intermediate = tokens * c->intermediate_size;
-    size_t shared = larger(2 * heads + 2 * kv_heads + hidden, intermediate);
+    size_t layer = intermediate + larger(2 * heads + 2 * kv_heads + hidden, intermediate);
     int64_t *account = &e->workspace_bytes;
     int rows = e->options.max_num_seqs > 16 ? e->options.max_num_seqs : 16;
     a->logits_rows = rows < e->options.max_num_tokens ? rows : e->options.max_num_tokens;
+    size_t logits_bytes = (size_t)a->logits_rows * c->vocab_size * sizeof(float);
     TRY(allocate(e, &a->residual, hidden * sizeof(bf16), account));
     TRY(allocate(e, &a->normed, hidden * sizeof(bf16), account));
-    TRY(allocate(e, &a->gate, intermediate * sizeof(bf16), account));
-    TRY(allocate(e, &a->up, shared * sizeof(bf16), account));
+    TRY(allocate(e, &a->gate, larger(layer * sizeof(bf16), logits_bytes), account));
     a->act = a->gate;
+    a->up = a->gate + intermediate;
     a->q = a->up;
     a->attn = a->q + heads;
     a->k = a->attn + heads;
     a->v = a->k + kv_heads;
     a->projected = a->v + kv_heads;
-    TRY(allocate(e, &a->logits, (size_t)a->logits_rows * c->vocab_size * sizeof(float), account));
+    a->logits = (float *)a->gate;
     size_t ids = (size_t)a->logits_rows + (size_t)GREEDY_STEPS * e->options.max_num_seqs;
     return allocate(e, &a->next_ids, ids * sizeof(int32_t), account);
 }

@@ -1,8 +1,12 @@
 """Looking into an engine: what is refused, and that a refusal changes nothing."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from engine.bindings import Engine
+from engine.config import EngineConfig
 from engine.errors import InvalidArgument
 
 NUM_BLOCKS, BLOCK_SIZE = 12, 16
@@ -74,7 +78,7 @@ def test_free_memory_is_some_of_the_machines(make_runner):
 
 def test_values_that_are_never_alive_together_share_memory(make_runner):
     # What one more token of a step takes: residual, normed, gate with act in its place, and up,
-    # whose memory attention has before; and four index arrays.
+    # whose memory attention has before; and four index arrays. Logits lie where gate and up did.
     small, large = (make_runner(max_num_tokens=n) for n in (512, 1024))
     c = small.config
     attention = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim + c.hidden_size
@@ -83,3 +87,25 @@ def test_values_that_are_never_alive_together_share_memory(make_runner):
     more = large.engine.memory()["workspace"] - small.engine.memory()["workspace"]
 
     assert more == 512 * (2 * values + 4 * 4)
+
+
+def test_logits_lie_where_gate_and_up_did(library, make_runner):
+    # What a larger vocabulary costs while its logits fit there, and from where they do not.
+    config = make_runner().config
+    room = EngineConfig(
+        "cpu", num_blocks=4, block_size=16, max_seq_len=64, max_num_tokens=512, max_num_seqs=16
+    )
+    attention = (
+        2 * config.num_heads + 2 * config.num_kv_heads
+    ) * config.head_dim + config.hidden_size
+    layer = 512 * 2 * (config.intermediate_size + max(attention, config.intermediate_size))
+    fits = layer // (16 * 4)  # ids whose logits, of 16 rows, take as much
+
+    def memory(vocab_size: int) -> int:
+        with Engine(library, replace(config, vocab_size=vocab_size), room) as engine:
+            return engine.memory()["workspace"]
+
+    assert layer % (16 * 4) == 0
+    others = memory(fits) - memory(fits - 64)  # the sampler's: 64 ids' of a slice
+    assert 0 <= others < 64 * 16 * 4
+    assert memory(fits + 64) - memory(fits) == 64 * 16 * 4 + others

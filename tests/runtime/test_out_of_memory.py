@@ -3,8 +3,6 @@
 The library is built once more, the CPU twin alone, with its allocator wrapped by the linker.
 """
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +15,10 @@ from engine.errors import OutOfMemory
 from engine.model_runner import ModelRunner
 from engine.models import resolve
 from engine.ops import Ops
-from engine.source_stamp import source_stamp
+from tests.runtime.wrapped_twin import build_wrapped_twin
 from tests.twin.bits import assert_same_bits, normal
 from tests.twin.paged import attend, draw
 
-ROOT = Path(__file__).resolve().parents[2]
 WRAPPED = ("malloc", "calloc", "aligned_alloc", "free", "pthread_create")
 # Two threads: starting the pool is among what can fail.
 ROOM = EngineConfig(
@@ -62,31 +59,8 @@ class Faulty:
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("requires a C compiler")
     path = tmp_path_factory.mktemp("faults") / "libfaulty.so"
-    csrc = ROOT / "csrc"
-    sources = [
-        p for folder in ("twin", "model", "runtime") for p in sorted((csrc / folder).glob("*.c"))
-    ]
-    sources += [
-        csrc / "kernels" / "no_cuda.c",
-        Path(__file__).parent / "faults" / "fail_nth_allocation.c",
-    ]
-    flags = [
-        "-std=gnu11",
-        "-O1",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-ffp-contract=off",
-        "-Wno-psabi",
-        "-pthread",
-        "-DBUILT_WITH_CUDA=0",
-        f'-DSOURCE_STAMP="{source_stamp(csrc)}"',
-    ]
-    wraps = [f"-Wl,--wrap={name}" for name in WRAPPED]
-    subprocess.run([compiler, *flags, "-shared", *wraps, "-o", path, *sources, "-lm"], check=True)
+    build_wrapped_twin(path, "fail_nth_allocation.c", WRAPPED)
     return Faulty(path)
 
 

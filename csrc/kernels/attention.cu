@@ -45,5 +45,9 @@ extern "C" Status cuda_attention(bf16 *out, const bf16 *q, const KvLayer *cache,
     }
     if (all_decode) return STATUS_OK;
     bool takes_all = !decode_can || batch->num_seqs == 1;
+    if (!takes_all && batch->prefill_seqs != nullptr) {
+        problem.sequences = batch->prefill_seqs;
+        problem.num_seqs = batch->num_prefill_seqs;
+    }
     return launch_attention_prefill(problem, takes_all, (cudaStream_t)stream);
 }

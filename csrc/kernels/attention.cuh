@@ -32,6 +32,7 @@ struct AttentionProblem {
     const int32_t *cu_seqlens_q;
     const int32_t *seq_lens;
     const int32_t *block_tables;
+    const int32_t *sequences;  // [num_seqs], those to be taken, or null: all
     int max_blocks_per_seq;
     int num_seqs;
     int num_heads;
@@ -58,11 +59,13 @@ struct Sequence {
     int len;
     const int32_t *block_table;
 
-    __device__ Sequence(const AttentionProblem &problem, int index)
-        : first_token(problem.cu_seqlens_q[index]),
-          num_new(problem.cu_seqlens_q[index + 1] - first_token),
-          len(problem.seq_lens[index]),
-          block_table(problem.block_tables + (size_t)index * problem.max_blocks_per_seq) {}
+    __device__ Sequence(const AttentionProblem &problem, int index) {
+        if (problem.sequences != nullptr) index = problem.sequences[index];
+        first_token = problem.cu_seqlens_q[index];
+        num_new = problem.cu_seqlens_q[index + 1] - first_token;
+        len = problem.seq_lens[index];
+        block_table = problem.block_tables + (size_t)index * problem.max_blocks_per_seq;
+    }
 
     __device__ int num_rows(int group_size) const { return num_new * group_size; }
     __device__ int position(int row, int group_size) const { return len - num_new + row / group_size; }

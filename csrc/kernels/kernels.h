@@ -47,6 +47,9 @@ typedef struct BatchIndex {
     const int32_t *seq_lens;
     const int32_t *block_tables;
     const int32_t *logits_indices;
+    // Sequences of more than one new token, so that nothing is launched for the others; null: not told.
+    const int32_t *prefill_seqs;  // [num_prefill_seqs]
+    int num_prefill_seqs;
 } BatchIndex;
 
 // Devices and memory.

@@ -113,3 +113,10 @@ Status batch_check(const EngineBatch *b, const BatchLimits *limits, int extra_to
     }
     return STATUS_OK;
 }
+
+int batch_prefill_seqs(const EngineBatch *b, int32_t *seqs) {
+    int count = 0;
+    for (int i = 0; i < b->num_seqs; i++)
+        if (b->cu_seqlens_q[i + 1] - b->cu_seqlens_q[i] > 1) seqs[count++] = i;
+    return count;
+}

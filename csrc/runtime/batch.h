@@ -20,5 +20,8 @@ typedef struct BatchLimits {
 Status batch_check(const EngineBatch *batch, const BatchLimits *limits, int extra_tokens,
                    uint32_t *slot_owner, uint32_t step);
 
+// Sequences of more than one new token into `seqs`, [num_seqs]; returns how many.
+int batch_prefill_seqs(const EngineBatch *batch, int32_t *seqs);
+
 // `is_edited` is the caller's scratch, [vocab_size], all zero before and after (sampling.c).
 Status sampling_check(const EngineSampling *sampling, int num_rows, int vocab_size, uint8_t *is_edited);

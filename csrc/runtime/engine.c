@@ -127,7 +127,7 @@ static Status build(Engine *e) {
     TRY(build_rope_table(e));
     size_t max_blocks = ((size_t)o->max_seq_len + o->block_size - 1) / o->block_size;
     e->index_count =
-        4 * (size_t)o->max_num_tokens + 2 * (size_t)o->max_num_seqs + 1 + o->max_num_seqs * max_blocks;
+        4 * (size_t)o->max_num_tokens + 3 * (size_t)o->max_num_seqs + 1 + o->max_num_seqs * max_blocks;
     TRY(allocate_host(&e->greedy_arrays, 4 * sizeof(int32_t) * o->max_num_seqs));
     TRY(allocate_host(&e->index_host, e->index_count * sizeof(int32_t)));
     return allocate(e, &e->index_device, e->index_count * sizeof(int32_t), &e->workspace_bytes);
@@ -204,6 +204,9 @@ Status index_of_batch(Engine *e, const EngineBatch *b, BatchIndex *index) {
     index->seq_lens = stage(e, &used, b->seq_lens, seqs);
     index->block_tables = stage(e, &used, b->block_tables, seqs * (size_t)b->max_blocks_per_seq);
     if (b->num_logits) index->logits_indices = stage(e, &used, b->logits_indices, (size_t)b->num_logits);
+    index->num_prefill_seqs = batch_prefill_seqs(b, e->index_host + used);
+    index->prefill_seqs = e->index_device + used;
+    used += (size_t)index->num_prefill_seqs;
     return e->model.kernels->copy_in(e->index_device, e->index_host, used * sizeof(int32_t),
                                      e->model.stream);
 }

@@ -202,8 +202,15 @@ static Status input_batch(Buffers *buffers, BatchIndex *index, const EngineBatch
     TRY(input(buffers, &index->slot_mapping, batch->slot_mapping, batch->num_tokens * value));
     TRY(input(buffers, &index->cu_seqlens_q, batch->cu_seqlens_q, (seqs + 1) * value));
     TRY(input(buffers, &index->seq_lens, batch->seq_lens, seqs * value));
-    return input(buffers, &index->block_tables, batch->block_tables,
-                 seqs * batch->max_blocks_per_seq * value);
+    TRY(input(buffers, &index->block_tables, batch->block_tables,
+              seqs * batch->max_blocks_per_seq * value));
+    int32_t *prefill_seqs = malloc(seqs * value);
+    if (!prefill_seqs) return fail(STATUS_OUT_OF_MEMORY, "%zu bytes of host memory", seqs * value);
+    index->num_prefill_seqs = batch_prefill_seqs(batch, prefill_seqs);
+    Status status =
+        input(buffers, &index->prefill_seqs, prefill_seqs, (size_t)index->num_prefill_seqs * value);
+    free(prefill_seqs);
+    return status;
 }
 
 // A cache whose every slot holds k and v: the identity slot mapping writes them.

@@ -101,6 +101,28 @@ def test_prefill_and_decode_in_one_step_give_the_twins_bits(gpu: Ops, twin: Ops,
     assert_same_bits(scene.run(gpu), scene.run(twin))
 
 
+@pytest.mark.parametrize("num_new", [2, 17, 130])
+@pytest.mark.parametrize("place", [0, 7, 15])
+def test_one_prompt_beside_decoding_rows_gives_the_twins_bits(
+    gpu: Ops, twin: Ops, place: int, num_new: int
+):
+    # Twelve heads a group: two new tokens are more than the decode kernel takes.
+    runs = [(40 * i, 1) for i in range(15)]
+    runs.insert(place, (200, num_new))
+    scene = Scene(runs, 12, 32, seed=place, num_kv_heads=1)
+
+    assert_same_bits(scene.run(gpu), scene.run(twin))
+
+
+def test_prefill_and_decode_in_a_step_that_decode_cannot_take_give_the_twins_bits(
+    gpu: Ops, twin: Ops
+):
+    # A sequence beyond the decode kernel's shared memory: prefill's takes the decoding rows too.
+    scene = Scene([(5, 1), (199_999, 1), (0, 70), (300, 1)], 4, 128, num_kv_heads=1)
+
+    assert_same_bits(scene.run(gpu), scene.run(twin))
+
+
 @pytest.mark.parametrize("poison", POISON.values(), ids=POISON.keys())
 @pytest.mark.parametrize("runs", [[(128, 1), (1030, 1), (4, 1)], [(0, 130), (1020, 50)]], ids=str)
 def test_memory_that_no_sequence_owns_does_not_matter(

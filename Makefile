@@ -58,7 +58,7 @@ OBJECTS := $(patsubst csrc/%,build/%.o,$(C_FILES) $(CU_FILES))
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 	@echo "  variables          MODEL=$(MODEL) DEVICE=$(DEVICE) TIER=$(TIER) CUDA=auto|none|wheel VENV=system V=1"
-	@echo "  ARGS               options of the command: make verify ARGS='--layers 0,3-5', make teeth ARGS=--help"
+	@echo "  ARGS               options, as in make verify ARGS='--layers 0,3-5'; ARGS=--help lists them"
 
 build: $(LIBRARY)  ## the engine's library; with nvcc both backends, without it the CPU twin alone
 
@@ -68,13 +68,13 @@ verify: $(LIBRARY) $(PACKAGES)  ## every operator of every layer against transfo
 test: $(LIBRARY) $(PACKAGES)  ## the tests; TIER=fast leaves out the slow ones
 	$(PYTHON) -m pytest $(if $(filter fast,$(TIER)),-m "not slow and not deep") $(ARGS)
 
-test-deep: $(LIBRARY) $(PACKAGES)  ## serving's random and exhaustive tests with many more examples, fresh ones each time
+test-deep: $(LIBRARY) $(PACKAGES)  ## serving's random and exhaustive tests with many more examples, fresh each time
 	$(PYTHON) -m pytest -m deep --hypothesis-profile=deep tests/engine tests/system $(ARGS)
 
 mutants: $(LIBRARY) $(PACKAGES)  ## plant every fault of the catalogue in turn: all must be found and named
 	$(PYTHON) -m verification.mutants $(ARGS)
 
-teeth: $(LIBRARY) $(PACKAGES)  ## the kill matrix: faults by hand, of the museum, generated; goes on where stopped
+teeth: $(LIBRARY) $(PACKAGES)  ## the kill matrix: faults by hand, of the museum, generated; goes on if stopped
 	$(PYTHON) -m verification.teeth --device $(DEVICE) $(ARGS)
 
 properties: $(LIBRARY) $(PACKAGES)  ## which planted faults each metamorphic property finds, and which it alone

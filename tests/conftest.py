@@ -1,4 +1,7 @@
-"""The library, its CPU operations and loaded models for every folder; one seed for Hypothesis."""
+"""The library, its CPU operations and loaded models for every folder; one seed for Hypothesis.
+
+At the end of a run it says what was left out.
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -15,6 +18,7 @@ from engine.config import EngineConfig
 from engine.model_runner import ModelRunner
 from engine.models import resolve
 from engine.ops import Ops
+from tests.left_out import left_out
 
 settings.register_profile(
     "touchstone",
@@ -69,3 +73,11 @@ def make_runner(library: Library) -> Iterator[Callable[..., ModelRunner]]:
     yield make
     for runner in runners.values():
         runner.close()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", ())
+    lines = left_out(report.longrepr[2] for report in skipped)
+    if lines:
+        terminalreporter.section("left out, and why")
+        terminalreporter.write_line("\n".join(lines))

@@ -91,6 +91,7 @@ def test_help_lists_every_target_and_its_variables(copy: Copy):
         assert re.search(rf"^  make {target} +\S", shown, re.M), target
     for variable in ("MODEL=", "DEVICE=", "CUDA="):
         assert variable in shown
+    assert [line for line in shown.splitlines() if len(line) > 100] == []
 
 
 def test_every_phony_target_is_declared(copy: Copy):

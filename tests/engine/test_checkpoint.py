@@ -13,6 +13,7 @@ from tests.engine.checkpoint_samples import (
     opened,
     parts_of,
     refusal,
+    sound_model,
     values_of,
     write,
 )
@@ -20,9 +21,7 @@ from tests.engine.checkpoint_samples import (
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A sound model directory of one file."""
-    write(tmp_path / "model.safetensors", *parts_of(list(SHAPES)))
-    return tmp_path
+    return sound_model(tmp_path)
 
 
 def test_every_tensor_comes_back_bit_for_bit_in_the_order_of_the_config(directory: Path):

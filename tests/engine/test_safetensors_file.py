@@ -15,6 +15,7 @@ from tests.engine.checkpoint_samples import (
     opened,
     parts_of,
     refusal,
+    sound_model,
     values_of,
     write,
 )
@@ -22,9 +23,7 @@ from tests.engine.checkpoint_samples import (
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A sound model directory of one file."""
-    write(tmp_path / "model.safetensors", *parts_of(list(SHAPES)))
-    return tmp_path
+    return sound_model(tmp_path)
 
 
 def test_padding_and_metadata_in_the_header_are_accepted(tmp_path: Path):

@@ -1,10 +1,11 @@
+import os
 from dataclasses import replace
 
 import pytest
 
 from verification.evidence import EVIDENCE, read
 from verification.mutants.catalogue import load_catalogue
-from verification.teeth import fork_server
+from verification.teeth import cases, fork_server
 from verification.teeth.arena import ALIVE, KILLED, Answer, Result
 from verification.teeth.plan import from_mutant
 from verification.teeth.properties import (
@@ -125,8 +126,33 @@ def test_a_test_is_known_by_its_file_and_function():
     assert fork_server._bare("tests/a.py::TestIt::test_b[x::y-1]") == "tests/a.py::test_b"
 
 
+def test_of_what_many_share_some_are_made_and_all_of_what_is_made_for_one(tmp_path):
+    (tmp_path / "test_models.py").write_text(
+        "import pytest\n"
+        "@pytest.fixture(scope='module', params=range(6))\n"
+        "def model(request): return request.param\n"
+        "@pytest.mark.parametrize('size', range(5))\n"
+        "def test_it(model, size): pass\n"
+        "@pytest.mark.parametrize('size', range(5))\n"
+        "def test_alone(size): pass\n"
+    )
+
+    class Recorder:
+        kept: list[str]
+
+        def pytest_collection_modifyitems(self, items):
+            self.kept = [item.name for item in cases.of_few_fixtures(items, 3)]
+
+    recorder = Recorder()
+    options = ["-qq", "--collect-only", "-p", "no:cacheprovider", "-c", os.devnull]
+    pytest.main([*options, str(tmp_path)], plugins=[recorder])
+
+    expected = [f"test_it[{model}-{size}]" for model in (0, 2, 5) for size in range(5)]
+    assert sorted(recorder.kept) == sorted(expected + [f"test_alone[{i}]" for i in range(5)])
+
+
 @pytest.mark.parametrize(
     ("count", "expected"), [(1, [0]), (4, [0, 1, 2, 3]), (5, [0, 1, 2, 4]), (30, [0, 9, 19, 29])]
 )
 def test_a_few_cases_are_spread_over_all(count: int, expected: list[int]):
-    assert fork_server._spread(list(range(count)), 4) == expected
+    assert cases.spread(list(range(count)), 4) == expected

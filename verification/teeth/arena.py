@@ -38,6 +38,7 @@ LOOK_SECONDS = 1  # how often a fault looks for idle servers
 LIMIT = 600
 # And with one, than this: so many times as long, and some seconds more.
 LIMIT_FACTOR, LIMIT_SECONDS = 8, 10
+PHASE_FACTOR, PHASE_SECONDS = 3, 5  # of one test on a GPU
 
 PROBLEM = "no answer"
 Report = Callable[[int, int, str], None]  # done, total, the last one's id or its PROBLEM
@@ -262,8 +263,12 @@ class _Arena:
         key = self._keys.of_answer(plot.planted, check)
         found = self._cache.get(key)
         if found is None:
-            limit = LIMIT_SECONDS + LIMIT_FACTOR * self._control(check)["cpu"]
-            found = self._servers.ask(plot.tree, self._unmutated(), check, limit)
+            control = self._control(check)
+            limit = LIMIT_SECONDS + LIMIT_FACTOR * control["cpu"]
+            phase = None
+            if plot.planted.device == GPU:  # a kernel that waits for ever hinders all the others
+                phase = PHASE_SECONDS + PHASE_FACTOR * control["phase"]
+            found = self._servers.ask(plot.tree, self._unmutated(), check, limit, phase)
             found["place"] = self._this_place()
             self._cache.put(key, found)
         return Answer(

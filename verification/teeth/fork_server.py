@@ -6,9 +6,10 @@ project code comes from the tree under test alone. What crashes, hangs or never 
 an answer like any other. Knows trees and checks; knows nothing of faults.
 
 Arguments the core it is bound to, and "torch" where a check may want that.
-Request   {"tree", "pristine", "check": {"kind": a key of CHECKS, ...}, "cpu"}
+Request   {"tree", "pristine", "check": {"kind": a key of CHECKS, ...}, "cpu", "phase"}: seconds
+          of processor for all of it, and for one test where that is limited, else null
 Answer    {"status": "killed" | "alive" | "broken", "by", "why", "named", "levels", "seconds",
-           "cpu"}
+           "cpu"}, of tests that passed also "phase", the longest one's seconds of processor
 """
 
 import contextlib
@@ -28,7 +29,8 @@ IDLE_SECONDS = 60
 LOOK_SECONDS = 5
 FINDS = "--hypothesis-profile=mutants"  # finds, does not shrink
 MOST_CASES = 4  # of each test of a property
-MOST_GPU_CASES = 16  # of each test that holds kernels to the twin
+MOST_GPU_CASES = 12  # of each test that holds kernels to the twin
+MOST_GPU_FIXTURES = 4  # models and the like that are made once for a file's tests
 TOO_LARGE = "llama-3.2-1b-shape"  # toys alone: every process would load its 2.5 GB
 NO_TESTS = 5  # pytest's exit status where the marks leave none
 
@@ -198,14 +200,25 @@ def _tests(request: dict, tests: list[str], marks: str) -> dict:
     import pytest
 
     is_gpu = marks.startswith("gpu")
+    phases = _Phases(request["phase"])
 
     class Recorder:
         passed, skipped, failed, why = 0, 0, "", ""
 
         def pytest_collection_modifyitems(self, items):
             if is_gpu:  # the twin computes what is expected: all cases take minutes of one core
+                from verification.teeth.cases import a_few_of_each, of_few_fixtures
+
                 mine = [item for item in items if TOO_LARGE not in item.nodeid]
-                items[:] = _a_few_of_each(mine, MOST_GPU_CASES)
+                items[:] = a_few_of_each(of_few_fixtures(mine, MOST_GPU_FIXTURES), MOST_GPU_CASES)
+
+        @pytest.hookimpl(tryfirst=True)
+        def pytest_runtest_setup(self):
+            phases.begin()
+
+        @pytest.hookimpl(tryfirst=True)
+        def pytest_runtest_call(self):
+            phases.begin()
 
         def pytest_runtest_logreport(self, report):
             if report.failed and not self.failed:
@@ -223,21 +236,53 @@ def _tests(request: dict, tests: list[str], marks: str) -> dict:
     if recorder.failed:
         return {"status": "killed", "by": recorder.failed, "why": recorder.why[:300]}
     if status in (0, NO_TESTS) and not (recorder.skipped and is_gpu):
-        return {"status": "alive", "by": "tests" if recorder.passed else "no test of these marks"}
+        by = "tests" if recorder.passed else "no test of these marks"
+        return {"status": "alive", "by": by, "phase": phases.longest()}
     counts = f"{recorder.passed} passed, {recorder.skipped} skipped"
     return {"status": "broken", "why": f"pytest left with {int(status)}, {counts}"}
+
+
+class _Phases:
+    """The processor time of each test and of what it sets up; one that takes too long is ended.
+
+    Who waits for a device that hangs uses a processor all the while.
+
+    Args:
+        limit: seconds; None: only all of them together are limited.
+    """
+
+    def __init__(self, limit: float | None) -> None:
+        self._limit, self._start, self._longest = limit, self._used(), 0.0
+
+    def begin(self) -> None:
+        used = self._used()
+        self._longest, self._start = max(self._longest, used - self._start), used
+        if self._limit is not None:
+            _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+            resource.setrlimit(resource.RLIMIT_CPU, (min(int(used + self._limit), hard), hard))
+
+    def longest(self) -> float:
+        """Seconds of the longest until now."""
+        self.begin()
+        return round(self._longest, 2)
+
+    def _used(self) -> float:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return usage.ru_utime + usage.ru_stime
 
 
 def _properties(request: dict, tests: list[str]) -> dict:
     """Some tests, a few cases of each, and all of them that fail."""
     import pytest
 
+    from verification.teeth.cases import a_few_of_each
+
     class Chooser:
         passed, failed = 0, set()
 
         def pytest_collection_modifyitems(self, items):
             mine = [item for item in items if _bare(item.nodeid) in tests]
-            items[:] = _a_few_of_each(mine, MOST_CASES)
+            items[:] = a_few_of_each(mine, MOST_CASES)
 
         def pytest_runtest_logreport(self, report):
             self.passed += report.when == "call" and report.passed
@@ -261,22 +306,6 @@ def _bare(nodeid: str) -> str:
     """A test's file and function, without its class and its parameters."""
     path, *names = nodeid.partition("[")[0].split("::")
     return f"{path}::{names[-1]}"
-
-
-def _a_few_of_each(items: list, most: int) -> list:
-    """So many cases of each test, in their order."""
-    cases = {}
-    for item in items:
-        cases.setdefault((item.path, item.originalname), []).append(item)
-    kept = {id(item) for of_one in cases.values() for item in _spread(of_one, most)}
-    return [item for item in items if id(item) in kept]
-
-
-def _spread(cases: list, most: int) -> list:
-    """So many of them, the first and the last among them."""
-    if len(cases) <= most:
-        return cases
-    return [cases[i * (len(cases) - 1) // (most - 1)] for i in range(most)]
 
 
 def _last_line(report: object) -> str:

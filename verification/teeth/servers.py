@@ -45,12 +45,15 @@ class Servers:
         for server in self._all:
             server.stop()
 
-    def ask(self, tree: Tree, pristine: Tree, check: Check, cpu: float) -> dict[str, Any]:
+    def ask(
+        self, tree: Tree, pristine: Tree, check: Check, cpu: float, phase: float | None = None
+    ) -> dict[str, Any]:
         """What a check says of a tree.
 
         Args:
             pristine: the tree without a fault, for checks that compare with it.
             cpu: seconds of processor after which it is ended and counts as killed.
+            phase: the same for each single test; None: no such limit.
 
         Raises:
             TeethError: there is no answer.
@@ -63,6 +66,7 @@ class Servers:
                     "pristine": str(pristine.root),
                     "check": check.request,
                     "cpu": int(cpu),
+                    "phase": phase,
                 }
             )
         finally:

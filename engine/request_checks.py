@@ -70,7 +70,8 @@ def read_prompt(
         if tokenizer is None:
             raise InvalidArgument("prompt must be token ids: this model has no tokenizer")
         return prompt, tokenizer.encode(prompt, add_bos=tokenizer.adds_bos)
-    if isinstance(prompt, bytes) or not isinstance(prompt, Items | np.ndarray):
+    is_list = isinstance(prompt, Items) or (isinstance(prompt, np.ndarray) and prompt.ndim > 0)
+    if isinstance(prompt, bytes | bytearray) or not is_list:
         raise InvalidArgument(f"prompt must be a text or token ids, got {_shown(prompt)}")
     ids = prompt.tolist() if isinstance(prompt, np.ndarray) else list(prompt)
     if set(map(type, ids)) == {int}:  # all at once: one by one, 576 tokens take 0.2 ms

@@ -140,6 +140,8 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, console: C
         except InvalidArgument as error:
             parser.error(f"argument --prompts: {error}")
         selection = Selection(*map(_set, (options.taps, options.layers, options.op, options.grade)))
+        if selection.is_empty(config.num_layers):
+            parser.error("--taps, --layers, --op and --grade together leave nothing to check")
         # Not at the top: torch takes seconds to load, and a wrong word is refused without it.
         from verification.verify_model import verify_model
 

@@ -244,7 +244,8 @@ def _results(
     """What the graders of a finished run hold."""
     cells = run.whole.merged([*run.state.cells, *run.operators.cells])
     found = goldens.verdict() if goldens else GoldenVerdict("not run", "only a part was verified")
-    is_pass = bool(cells) and not run.findings.failed and found.status != "fail"
+    was_graded = bool(cells or run.whole.tokens)
+    is_pass = was_graded and not run.findings.failed and found.status != "fail"
     return Results(
         model={
             "name": subject.name,

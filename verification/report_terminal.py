@@ -24,6 +24,7 @@ from verification.report_text import (
     plain,
     ratio,
     rerun_command,
+    statuses,
 )
 
 WIDTH = 100  # columns; the table below fills exactly these
@@ -270,8 +271,7 @@ def _failure(results: dict) -> Panel:
 
 
 def _verdict(results: dict) -> Text:
-    status = [row["status"] for row in results["summary"]]
-    status += [results[part]["status"] for part in ("goldens", "gpu_record")]
+    status = statuses(results)
     values = sum(row["values"] for row in results["summary"])
     word = "PASS" if results["verdict"] == "pass" else "FAIL"
     line = Text(f" {word} ", style="bold white on green" if word == "PASS" else "bold white on red")

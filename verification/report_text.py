@@ -27,13 +27,25 @@ def rerun_command(results: dict) -> str:
     if results["engine"]["device"] != "cpu":
         words.append(f"DEVICE={plain(results['engine']['device'])}")
     selection = []
-    for option, field in (("prompts", "prompt"), ("layers", "layer"), ("taps", "tap")):
-        value = failure.get(field)
-        if field == "prompt" and str(value).startswith(PROBE_PREFIX):
-            value = ANY_PROMPT  # every run has the probes
-        if value is not None and not (field == "layer" and failure["tap"] in IN_NO_LAYER):
-            selection.append(f"--{option} {plain(value)}")
+    if (prompt := failure.get("prompt")) is not None:
+        is_probe = prompt.startswith(PROBE_PREFIX)  # every run has the probes
+        selection.append(f"--prompts {ANY_PROMPT if is_probe else plain(prompt)}")
+    if failure["grade"] == "tokens":  # of the whole model: a choice of taps would leave them out
+        selection.append("--grade tokens")
+    else:
+        if failure.get("layer") is not None and failure["tap"] not in IN_NO_LAYER:
+            selection.append(f"--layers {failure['layer']}")
+        selection.append(f"--taps {plain(failure['tap'])}")
     return " ".join([*words, f"ARGS={shlex.quote(' '.join(selection))}"])
+
+
+def statuses(results: dict) -> list[str]:
+    """The verdict of every check: the rows of the summary, the tokens, the two records."""
+    found = [row["status"] for row in results["summary"]]
+    tokens = {token["status"] for prompt in results["tokens"] for token in prompt["tokens"]}
+    if tokens:
+        found.append("fail" if "fail" in tokens else "pass")
+    return found + [results[part]["status"] for part in ("goldens", "gpu_record")]
 
 
 def forward_order(summary: Iterable[dict]) -> list[str]:

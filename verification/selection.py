@@ -42,6 +42,11 @@ class Selection:
         """Whether nothing is left out."""
         return self == Selection()
 
+    def is_empty(self, num_layers: int) -> bool:
+        """Whether no check at all of a model is wanted."""
+        places = ((tap, layer) for tap in RESULT_ORDER for layer in range(num_layers))
+        return not self.has_grade("tokens") and not any(self.wants(*place) for place in places)
+
     def wants(self, tap: str, layer: int) -> bool:
         """Whether a tap, or a check with a tap's place, is to be graded."""
         if self.taps is not None and tap not in self.taps:

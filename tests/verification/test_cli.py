@@ -184,6 +184,7 @@ def test_toys_run_the_short_set_unless_told_otherwise(command):
     [
         (["--prompts", "nonsense"], ("--prompts", "'nonsense'", "quick", "len-17")),
         (["--layers", "0,2"], ("--layers", "no layer 2", "0 to 1")),
+        (["--layers", "1", "--taps", "argmax"], ("--taps", "--layers", "nothing")),
     ],
 )
 def test_what_only_the_model_can_refuse_exits_2_too(command, words, named, capsys):

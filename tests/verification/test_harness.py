@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,6 +84,16 @@ def test_a_planted_fault_fails_is_named_first_and_explained(
         assert failure.diagnosis is None
     else:
         assert failure.diagnosis is not None and told in failure.diagnosis
+
+
+def test_tokens_alone_are_a_verdict(subject):
+    alone = replace(OPTIONS, selection=Selection(grades=frozenset({"tokens"})))
+
+    right, wrong = verified(subject, FakeEngine, alone), verified(subject, FAULTS[0][0], alone)
+
+    assert right.cells == () and right.verdict == "pass"
+    assert {t.status for p in wrong.tokens for t in p.tokens} >= {"fail"}
+    assert wrong.verdict == "fail"
 
 
 class DecodesAnotherMask(FakeEngine):

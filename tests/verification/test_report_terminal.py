@@ -27,7 +27,7 @@ def test_a_passing_run_ends_in_pass_with_its_counts_and_seconds():
     text = printed(samples.passing_run())
 
     assert text.splitlines()[-1].split() == (
-        "PASS 38 checks passed, 0 failed, 1 not run; 26.6 M values in 93.4 s".split()
+        "PASS 39 checks passed, 0 failed, 1 not run; 26.6 M values in 93.4 s".split()
     )
     assert "FAIL" not in text
     assert "first failure" not in text

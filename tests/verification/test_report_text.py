@@ -33,6 +33,13 @@ def test_a_probe_is_run_again_beside_the_shortest_prompt():
     assert ANY_PROMPT in {prompt.id for prompt in load_specs()}
 
 
+def test_a_wrong_token_is_found_again_by_its_grade_which_no_tap_has():
+    run = samples.failing_run()
+    run["first_failure"].update(prompt="len-17", tap="logits", layer=0, grade="tokens")
+
+    assert rerun_command(run).endswith("ARGS='--prompts len-17 --grade tokens'")
+
+
 def test_the_worst_of_prefill_and_decode_decides_a_row():
     rows = [
         {**row, "max_ratio": ratio_, "status": status}

@@ -42,6 +42,21 @@ def test_a_name_that_nothing_has_is_refused_with_those_there_are(selection):
         Selection(**{key: frozenset(value) for key, value in selection.items()})
 
 
+@pytest.mark.parametrize(
+    ("selection", "is_empty"),
+    [
+        (Selection(), False),
+        (Selection(grades=frozenset({"tokens"})), False),
+        (Selection(taps=frozenset({"q"}), layers=frozenset({1})), False),
+        (Selection(taps=frozenset({"argmax"}), layers=frozenset({1})), True),
+        (Selection(taps=frozenset({"q"}), grades=frozenset({"tokens"})), True),
+        (Selection(taps=frozenset({"q"}), operations=frozenset({"attention"})), True),
+    ],
+)
+def test_filters_that_leave_nothing_are_told(selection, is_empty):
+    assert selection.is_empty(num_layers=2) == is_empty
+
+
 def test_tokens_need_the_whole_model():
     assert not Selection(layers=frozenset({1})).has_grade("tokens")
     assert Selection(grades=frozenset({"tokens"})).has_grade("tokens")

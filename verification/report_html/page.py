@@ -14,7 +14,7 @@ from verification.report_html.residual_growth import residual_growth
 from verification.report_html.style import STYLE
 from verification.report_html.token_ribbon import token_ribbon
 from verification.report_html.ulp_histogram import ulp_histogram
-from verification.report_text import count
+from verification.report_text import count, statuses
 
 # Title, caption and what draws it, in reading order; after them come the suite's own record and
 # the provenance.
@@ -102,8 +102,7 @@ def render(results: dict, evidence: Sequence[Evidence] = ()) -> str:
 def _heading(results: dict) -> str:
     engine, versions = results["engine"], results["versions"]
     passed = results["verdict"] == "pass"
-    status = [row["status"] for row in results["summary"]]
-    status += [results[part]["status"] for part in ("goldens", "gpu_record")]
+    status = statuses(results)
     tokens = [token["status"] for prompt in results["tokens"] for token in prompt["tokens"]]
     cores = results["machine"]["cores"]
     tiles = (

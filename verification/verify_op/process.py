@@ -5,6 +5,7 @@ that says it in words. The next call finds a fresh process, until the object has
 of them or has not returned in time: then it is not called again.
 """
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -74,7 +75,8 @@ class Kernel:
             raise KernelError(f"op_{self.operation} is not called again")
         if self._child is None:
             self._start()
-        self._connection.send((self.operation, arguments, POISONS[poison]))
+        with contextlib.suppress(BrokenPipeError):  # how it has ended, the answer says
+            self._connection.send((self.operation, arguments, POISONS[poison]))
         kind, result, complaints = self._answer(self._timeout)
         if kind == "broken":
             raise AssertionError(f"op_{self.operation} could not be called: {result}")

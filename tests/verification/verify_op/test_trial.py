@@ -4,13 +4,14 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from tests.verification.verify_op.kernels import KERNELS
 from verification.verify_op import __main__ as command
 from verification.verify_op import trial
-from verification.verify_op.process import Kernel
+from verification.verify_op.process import Kernel, KernelError
 from verification.verify_op.trial import Check, checks
 
 EXAMPLES = Path(__file__).parent / "examples"
@@ -164,3 +165,15 @@ def test_a_wrong_word_exits_2_before_anything_is_printed(words, named: str, caps
     assert caught.value.code == 2
     assert named in shown.err
     assert shown.out == ""
+
+
+def test_a_kernel_that_ends_its_process_after_it_returned_has_not_ended_the_suite(compiled):
+    with Kernel(compiled("right_rms_norm", example("right_rms_norm")), "rms_norm") as kernel:
+        kernel._child.kill()  # as a damaged heap or a timer of the stranger's would
+        kernel._child.wait()
+        x = np.zeros((1, 64), np.uint16)
+
+        with pytest.raises(KernelError, match="SIGKILL"):
+            kernel(x, x[0], 1e-5)
+
+        assert kernel(x, x[0], 1e-5).shape == x.shape  # a fresh process

@@ -98,10 +98,14 @@ __device__ __forceinline__ void store_shared_zero_16(uint32_t to) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
 }
 
-// bar (PTX ISA 9.7.13.1): named barriers of part of a thread block; the second form does not wait.
+// bar (PTX ISA 9.7.13.1): named barriers of part of a thread block; the last form does not wait.
 template <int kBarrier, int kThreads>
 __device__ __forceinline__ void named_barrier_sync() {
     asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+}
+template <int kThreads>
+__device__ __forceinline__ void named_barrier_sync(int barrier) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
 template <int kBarrier, int kThreads>
 __device__ __forceinline__ void named_barrier_arrive() {

@@ -6,9 +6,10 @@
 #include "decode_step.cuh"
 
 // Each thread's best logit of its token to the token's best of the whole grid; a warp per token.
-static __device__ __forceinline__ void argmax_phase(StepShared &shared, const StepArguments &args,
+template <typename Shared>
+static __device__ __forceinline__ void argmax_phase(Shared &shared, const StepArguments &args,
                                                     Candidate own) {
-    float *values = &shared.sums[0][0];
+    float *values = reinterpret_cast<float *>(shared.input);
     int *ids = reinterpret_cast<int *>(values + kConsumers);
     int token = (int)threadIdx.x / kWarp, lane = (int)threadIdx.x % kWarp;
     consumer_barrier();  // the last sums are read
@@ -19,8 +20,8 @@ static __device__ __forceinline__ void argmax_phase(StepShared &shared, const St
         Candidate best = no_candidate();
         // Thread i held outputs i mod 64, so those of token t are the eight from 8 t in each 64.
 #pragma unroll 1
-        for (int i = lane; i < kConsumers / kStepTokens; i += kWarp) {
-            int thread = i / kUnitRows * kOutputs + token * kUnitRows + i % kUnitRows;
+        for (int i = lane; i < kConsumers / Shared::kTokens; i += kWarp) {
+            int thread = i / kUnitRows * Shared::kOutputs + token * kUnitRows + i % kUnitRows;
             best.take_better(values[thread], ids[thread]);
         }
         best.take_best_of_warp();

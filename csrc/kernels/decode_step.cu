@@ -18,12 +18,37 @@
 #include "decode_output.cuh"
 #include "decode_stream.cuh"
 
+__device__ __forceinline__ int ceil_div(int a, int b) {
+    return (a + b - 1) / b;
+}
+
+// The same for every kv head of a sequence.
+static __device__ __forceinline__ RowPlan plan_row(const StepArguments &args, int sequence) {
+    int all_tiles = 0, tiles = ceil_div(args.seq_lens[sequence], NUMERICS_TILE);
+#pragma unroll 1
+    for (int i = 0; i < args.num_seqs; ++i) all_tiles += ceil_div(args.seq_lens[i], NUMERICS_TILE);
+    int even_share = ceil_div(all_tiles * args.problem.num_kv_heads, (int)gridDim.x);
+    if (tiles <= NUMERICS_SEGMENT) return {1, tiles, 0, false};
+    if (even_share >= NUMERICS_SEGMENT) {
+        int segments = ceil_div(tiles, NUMERICS_SEGMENT);
+        // A last segment of one tile goes to the block of the one before.
+        return {segments - (tiles % NUMERICS_SEGMENT == 1), NUMERICS_SEGMENT, segments, true};
+    }
+    int num_runs = ceil_div(tiles, max(even_share, kLeastRun));
+    return {num_runs, ceil_div(tiles, num_runs), tiles, false};
+}
+
 // What a launch reads once: the new tokens' positions and rows of the RoPE table, and this thread's output
-// of the embedding.
-static __device__ __forceinline__ float begin_step(StepShared &shared, const StepArguments &args) {
+// of the embedding. Also how their attention is cut.
+template <typename Shared>
+static __device__ __forceinline__ float begin_step(Shared &shared, const StepArguments &args) {
+    constexpr int kOutputs = Shared::kOutputs;
     const DecodeProblem &problem = args.problem;
     int thread = (int)threadIdx.x, hidden = problem.hidden_size;
-    if (thread < args.num_seqs) shared.positions[thread] = args.seq_lens[thread] - 1;
+    if (thread < args.num_seqs) {
+        shared.positions[thread] = args.seq_lens[thread] - 1;
+        shared.plans[thread] = plan_row(args, thread);
+    }
     int sequence = thread / kChunksPerRow, chunk = thread % kChunksPerRow;
     if (sequence < args.num_seqs) {
         const bf16 *row = problem.rope_table + (size_t)(args.seq_lens[sequence] - 1) * kTileCols;
@@ -40,17 +65,19 @@ static __device__ __forceinline__ float begin_step(StepShared &shared, const Ste
     return to_float(value);
 }
 
-static __device__ __forceinline__ void consume(StepShared &shared, const StepArguments &args) {
+template <typename Shared>
+static __device__ __forceinline__ void consume(Shared &shared, const StepArguments &args) {
     const DecodeProblem &problem = args.problem;
-    int num_tokens = args.num_seqs, hidden = problem.hidden_size, piece = 0;
+    int num_tokens = Shared::kTokens == 1 ? 1 : args.num_seqs, hidden = problem.hidden_size, piece = 0;
     int q_size = problem.num_heads * kTileCols, kv_size = problem.num_kv_heads * kTileCols;
     int intermediate = args.layers[0].gate_proj.rows, vocab_size = problem.lm_head.rows;
-    unsigned *arrivals = &args.counters->arrivals;
 
     // This thread's element of the residual stream: the same output of the O and the down projection.
     float own_residual = begin_step(shared, args);
     Candidate best = no_candidate();
-    grid_barrier(shared, arrivals);
+    HeldPiece held;
+    // Where the stream starts with the norm's weight, that comes first.
+    grid_barrier([&] { hold_first(shared, held, piece + 1, kPhaseQkv); });
     // The phases of all layers in one loop: each part's code exists once and the instruction cache holds
     // it.
     int num_phases = problem.num_layers * kPhaseHead + 1;
@@ -60,7 +87,7 @@ static __device__ __forceinline__ void consume(StepShared &shared, const StepArg
         const bf16 *rows = phase == kPhaseO ? problem.attn : phase == kPhaseDown ? problem.act : nullptr;
         if (rows == nullptr) norm_phase(shared, piece, problem.residual, hidden, problem.eps, num_tokens);
         compute_phase(
-            shared, piece, phase, rows, num_tokens, [&](int token, int row, float value, float up) {
+            shared, held, piece, phase, rows, num_tokens, [&](int token, int row, float value, float up) {
                 if (phase == kPhaseQkv) {
                     bf16 *out = row < q_size ? problem.q + (size_t)token * q_size + row
                                 : row < q_size + kv_size
@@ -68,7 +95,9 @@ static __device__ __forceinline__ void consume(StepShared &shared, const StepArg
                                     : problem.v + (size_t)token * kv_size + row - q_size - kv_size;
                     *out = to_bf16(value);
                 } else if (phase == kPhaseGateUp) {
-                    problem.act[(size_t)token * intermediate + row] = silu_and_mul(value, up);
+                    float gate = to_float(to_bf16(value));
+                    problem.act[(size_t)token * intermediate + row] =
+                        to_bf16(silu_and_mul(gate, to_float(to_bf16(up))));
                 } else if (phase == kPhaseHead) {
                     if (row >= vocab_size) return;
                     problem.logits[(size_t)token * vocab_size + row] = value;
@@ -80,29 +109,40 @@ static __device__ __forceinline__ void consume(StepShared &shared, const StepArg
                 }
             });
         if (phase == kPhaseHead) break;
-        grid_barrier(shared, arrivals);
-        if (phase != kPhaseQkv) continue;
-        attention_phase(shared, args, args.layers[i / kPhaseHead].cache, piece);
-        grid_barrier(shared, arrivals);
+        if (phase == kPhaseQkv) {
+            grid_barrier([] {});
+            attention_phase(shared, args, args.layers[i / kPhaseHead].cache, piece);
+        }
+        int next = i + 2 == num_phases ? kPhaseHead : (phase + 1) % kPhaseHead;
+        bool has_norm = next != kPhaseO && next != kPhaseDown;
+        grid_barrier([&] { hold_first(shared, held, piece + has_norm, next); });
     }
     argmax_phase(shared, args, best);
 }
 
+template <int kTokens>
 static __global__ void __launch_bounds__(kStepThreads, 1)
     decode_step_kernel(const __grid_constant__ StepArguments args) {
     extern __shared__ unsigned char raw[];
-    StepShared &shared = *reinterpret_cast<StepShared *>(raw);
+    using Shared = StepShared<kTokens>;
+    Shared &shared = *reinterpret_cast<Shared *>(raw);
     int thread = (int)threadIdx.x;
-    if (thread < kTurns) barrier_init(shared_address(&shared.full[thread]), 1);
-    if (thread < kSlots) barrier_init(shared_address(&shared.empty[thread]), 1);
-    if (thread < kTurns) barrier_init_fence();
-    if (thread == 0) shared.arrivals_expected = 0;
+    if (thread < Shared::kTurns) barrier_init(shared_address(&shared.full[thread]), 1);
+    if (thread < Shared::kSlots) barrier_init(shared_address(&shared.empty[thread]), 1);
+    if (thread < Shared::kTurns) barrier_init_fence();
     int phase = thread / kWarp;
-    if (phase < kNumPhases && thread % kWarp == 0) shared.orders[phase] = order_of_phase(args, phase);
+    if (phase < kNumPhases && thread % kWarp == 0)
+        shared.orders[phase] = order_of_phase<Shared>(args, phase);
     __syncthreads();  // the ring's barriers and the orders exist before anybody uses them
     if (thread >= kConsumers) {
-        produce(shared, args);
+        give_registers<kProducerRegisters>();
+        if (thread < kConsumers + kWarp) {
+            produce(shared, args);
+        } else if (thread < kConsumers + 2 * kWarp) {
+            meet_grid(&args.counters->arrivals, 1 + args.problem.num_layers * (kPhaseHead + 1));
+        }
     } else {
+        take_registers<kConsumerRegisters>();
         consume(shared, args);
     }
 }
@@ -115,10 +155,6 @@ static Status num_multiprocessors(int *count) {
     return CUDA_STATUS(cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device));
 }
 
-static int max_segments(int max_seq_len) {
-    return (max_seq_len + kSegmentKeys - 1) / kSegmentKeys;
-}
-
 constexpr size_t kMaxBlocks = 256;  // room for the candidates of any card of this kind
 
 static size_t candidates_bytes(void) {
@@ -129,9 +165,12 @@ static size_t tickets_bytes(const DecodeProblem *p) {
 }
 
 static size_t step_workspace_bytes(const DecodeProblem *p) {
-    size_t segments = kStepTokens * (size_t)p->num_heads * max_segments(p->max_seq_len);
+    size_t segments =
+        kStepTokens * (size_t)p->num_kv_heads * ((p->max_seq_len + kSegmentKeys - 1) / kSegmentKeys);
+    size_t tiles = (NUMERICS_SEGMENT - 1) * kMaxBlocks;  // at most, where a part is a tile
+    size_t group = (size_t)(p->num_heads / p->num_kv_heads), parts = segments > tiles ? segments : tiles;
     size_t bytes = sizeof(StepCounters) + candidates_bytes() + tickets_bytes(p) +
-                   segments * kPartialColumns * sizeof(float);
+                   parts * group * kPartColumns * sizeof(float);
     return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
 }
 
@@ -144,7 +183,7 @@ extern "C" int cuda_decode_max_seqs(void) {
 static bool are_enough(int num_blocks, int hidden_size) {
     if (num_blocks < 1 || num_blocks > (int)kMaxBlocks) return false;
     int units = (hidden_size + kUnitRows - 1) / kUnitRows;
-    return (units + num_blocks - 1) / num_blocks * kOutputs <= kConsumers;
+    return (units + num_blocks - 1) / num_blocks * kStepTokens * kUnitRows <= kConsumers;
 }
 
 extern "C" Status cuda_decode_workspace_bytes(size_t *bytes, const DecodeProblem *p) {
@@ -155,6 +194,17 @@ extern "C" Status cuda_decode_workspace_bytes(size_t *bytes, const DecodeProblem
                      p->num_heads / p->num_kv_heads <= kMaxGroup && p->num_layers <= kMaxLayers;
     *bytes = is_served ? step_workspace_bytes(p) + batch_workspace_bytes(*p, num_blocks) : 0;
     return STATUS_OK;
+}
+
+template <int kTokens>
+static Status launch_step(StepArguments &args, int num_blocks, cudaStream_t stream) {
+    const int kBytes = (int)sizeof(StepShared<kTokens>);
+    TRY(CUDA_STATUS(cudaFuncSetAttribute(decode_step_kernel<kTokens>,
+                                         cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes)));
+    void *parameters[] = {&args};
+    return CUDA_STATUS(cudaLaunchCooperativeKernel(
+        reinterpret_cast<const void *>(decode_step_kernel<kTokens>), dim3((unsigned)num_blocks),
+        dim3(kStepThreads), parameters, kBytes, stream));
 }
 
 extern "C" Status cuda_decode_step(const DecodeProblem *problem, const BatchIndex *batch, int advance,
@@ -181,14 +231,9 @@ extern "C" Status cuda_decode_step(const DecodeProblem *problem, const BatchInde
     workspace += candidates_bytes();
     args.tickets = reinterpret_cast<unsigned *>(workspace);
     workspace += tickets_bytes(problem);
-    args.segments = reinterpret_cast<float *>(workspace);
-    args.max_segments = max_segments(batch->max_seq_len);
+    args.parts = reinterpret_cast<float *>(workspace);
     int num_blocks = 0;
     TRY(num_multiprocessors(&num_blocks));
-    TRY(CUDA_STATUS(cudaFuncSetAttribute(decode_step_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         (int)sizeof(StepShared))));
-    void *parameters[] = {&args};
-    return CUDA_STATUS(cudaLaunchCooperativeKernel(reinterpret_cast<const void *>(decode_step_kernel),
-                                                   dim3((unsigned)num_blocks), dim3(kStepThreads),
-                                                   parameters, sizeof(StepShared), (cudaStream_t)stream));
+    return args.num_seqs == 1 ? launch_step<1>(args, num_blocks, (cudaStream_t)stream)
+                              : launch_step<kStepTokens>(args, num_blocks, (cudaStream_t)stream);
 }

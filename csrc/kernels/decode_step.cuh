@@ -4,7 +4,8 @@
 // One thread block per multiprocessor runs a whole step. Twelve consumer warps compute; one producer warp
 // streams the block's weights, for all layers and the LM head, and the cached keys and values, through a
 // ring in shared memory without ever waiting for an activation. The phases of a layer are separated by a
-// barrier over the grid; the ring stays full across it, so the memory does not idle.
+// barrier over the grid, which another warp keeps; meanwhile every consumer takes its first weights of the
+// next phase out of the ring into registers, and the stream goes on.
 
 #pragma once
 #include "../common/cuda_status.h"
@@ -20,22 +21,29 @@ extern "C" {
 
 constexpr int kStepTokens = 8;         // most sequences of a step: the rows of one fragment
 constexpr int kUnitRows = kStripRows;  // weight rows of a unit of work: the columns of one fragment
-constexpr int kOutputs = kStepTokens * kUnitRows;  // of a unit
-constexpr int kConsumerWarps = 12;  // with the producer 13: up to 16 warps may have 128 registers each
+constexpr int kConsumerWarps = 12;
 constexpr int kConsumers = kConsumerWarps * kWarp;
-constexpr int kStepThreads = kConsumers + kWarp;
+// Registers are handed on by warpgroups: the producer's, whose second warp keeps the grid's barriers and two
+// of which idle, gives the consumers those that hold weights.
+constexpr int kStepThreads = kConsumers + 4 * kWarp;
+constexpr int kProducerRegisters = 56;
+constexpr int kConsumerRegisters = 152;
 constexpr int kMaxLayers = 32;    // their pointers travel as kernel parameters, which hold 4 KiB and more
 constexpr int kMaxHidden = 2048;  // one pass of RMSNorm's 256 lanes
 constexpr int kMaxIntermediate = 16384;  // the chunk sums of down's two units a block must fit together
 constexpr int kPieceBytes = kUnitRows * NUMERICS_CHUNK * (int)sizeof(bf16);  // a unit's chunk, 8 KiB
-constexpr int kSlots = 22;  // of the ring: 176 KiB, five microseconds of this block's share of memory
 // Pieces on their way at once, 56 KiB: enough for the bandwidth; more queue up before the barriers'
 // traffic.
 constexpr int kInFlight = 7;
-constexpr int kTurns = 2 * kSlots;  // pieces between two uses of one `full` barrier
-constexpr int kRoundTasks = 64;     // chunk sums kept before they are added up
-constexpr int kInputPadding = 8;    // values: rows start in different banks
-constexpr int kInputValues = kStepTokens * (kMaxHidden + kInputPadding);
+constexpr int kRoundTasks = 64;   // chunk sums kept before they are added up
+constexpr int kInputPadding = 8;  // values: rows start in different banks
+constexpr int kLeastRows = 4;     // of hidden values that fit shared memory: down's input of one token
+constexpr int kTileWarps = 4;     // share an attention tile: 32 keys, then 16 columns each
+constexpr int kTilesAtOnce = kConsumerWarps / kTileWarps;
+constexpr int kMaxRun = NUMERICS_SEGMENT + 1;  // tiles of a task
+constexpr int kLeastRun = 4;  // tiles: spread over more blocks, their folding would cost more than it saves
+constexpr int kPartColumns = kPartialColumns + 2;  // of a part in memory: 64 values, maximum, sum, padding
+constexpr int kFoldRows = 88;                      // a row's segments times heads that are folded together
 constexpr int kNormGroups = NUMERICS_NORM_LANES / kWarp;
 static_assert(kPieceBytes == kPieceKeys * kKeyBytes, "weights and keys share the ring");
 constexpr int kStripBytes = kStripValues * (int)sizeof(bf16);
@@ -52,27 +60,55 @@ struct PhaseOrder {
 };
 enum Phase { kPhaseQkv, kPhaseO, kPhaseGateUp, kPhaseDown, kPhaseHead, kNumPhases };
 
-struct AttentionShared {
-    alignas(16) bf16 query[kMaxGroup][kTileCols];
-    alignas(16) bf16 key[kTileCols];
-    alignas(16) bf16 value[kTileCols];
-    float tiles[NUMERICS_SEGMENT][kMaxGroup][kPartialColumns];
+// How a row is cut, the attention of one sequence by one kv head: into runs of tiles, a block's task each.
+// A row of one segment is not cut: what a block leaves to another costs more than it saves. Where all rows
+// together have more than seven tiles a block, a run is a segment; else runs are shorter and of one length
+// within a row. A run that is not the whole row leaves parts: of a segment its fold, else each tile as it
+// is.
+struct RowPlan {
+    int num_runs, run_tiles;
+    int num_parts;
+    bool is_by_segments;
 };
 
+struct AttentionShared {
+    alignas(16) bf16 query[kMaxGroup][kTileCols + kInputPadding];
+    alignas(16) bf16 key[kTileCols];
+    alignas(16) bf16 value[kTileCols];
+    // P of the tiles at work, and the maxima of each warp's keys.
+    alignas(16) bf16 weights[kTilesAtOnce][kMaxGroup][NUMERICS_TILE + kInputPadding];
+    alignas(16) float maxima[kTilesAtOnce][kMaxGroup][kTileWarps];
+    union {
+        // Results of the task's tiles, and of a row's segments, each head's.
+        alignas(16) float tiles[kMaxRun][kMaxGroup][kPartialColumns];
+        float folds[kFoldRows][kPartColumns];
+    };
+};
+
+// Of a block, in a step of up to kMostTokens sequences: what fewer tokens leave is the ring's.
+template <int kMostTokens>
 struct StepShared {
+    static constexpr int kTokens = kMostTokens;
+    static constexpr int kOutputs = kTokens * kUnitRows;  // of a unit
+    // Of the ring: 176 or 192 KiB, five microseconds of this block's share of memory.
+    static constexpr int kSlots = kTokens == 1 ? 24 : 22;
+    static constexpr int kTurns = 2 * kSlots;  // pieces between two uses of one `full` barrier
+    static constexpr int kInputValues =
+        (kTokens > kLeastRows ? kTokens : kLeastRows) * (kMaxHidden + kInputPadding);
+
     alignas(1024) unsigned char ring[kSlots][kPieceBytes];
     union {
         alignas(16) bf16 input[kInputValues];  // the activations a phase multiplies, row by row
         AttentionShared attention;
     };
     alignas(16) float sums[kRoundTasks][kOutputs];
-    alignas(16) float norm_sums[kStepTokens][kNormGroups];
-    alignas(16) bf16 rope[kStepTokens][kTileCols];  // of each sequence's new position: cos | sin
+    alignas(16) float norm_sums[kTokens][kNormGroups];
+    alignas(16) bf16 rope[kTokens][kTileCols];  // of each sequence's new position: cos | sin
     uint64_t full[kTurns];
     uint64_t empty[kSlots];
     PhaseOrder orders[kNumPhases];
-    int positions[kStepTokens];  // of the new tokens
-    unsigned arrivals_expected;  // at the grid barrier, in this launch
+    int positions[kTokens];  // of the new tokens
+    RowPlan plans[kTokens];
     int is_last;
 };
 
@@ -98,58 +134,83 @@ struct StepArguments {
     float *best_values;  // [gridDim, kStepTokens]
     int *best_ids;       // [gridDim, kStepTokens]
     unsigned *tickets;   // [num_seqs, num_kv_heads], zero between uses
-    float *segments;     // [num_seqs, num_heads, max_segments, kPartialColumns]
-    int max_segments;
+    float *parts;        // [parts of all rows, group, kPartColumns]: RowPlan
 };
 
 // A block's stream of pieces: the producer and every consumer count alike, and so agree on slots and
 // parities. A slot has two `full` barriers and uses them by turns: a warp may come to wait for a piece
 // while the slot's previous piece is still on its way, and the parity of one barrier could not tell that
 // piece's predecessor from the one awaited.
-__device__ __forceinline__ int slot_of(int piece) {
-    return piece % kSlots;
+template <typename Shared>
+__device__ __forceinline__ unsigned char *slot_of(Shared &shared, int piece) {
+    return shared.ring[piece % Shared::kSlots];
 }
-__device__ __forceinline__ uint32_t full_barrier(StepShared &shared, int piece) {
-    return shared_address(&shared.full[piece % kTurns]);
+template <typename Shared>
+__device__ __forceinline__ uint32_t empty_barrier(Shared &shared, int piece) {
+    return shared_address(&shared.empty[piece % Shared::kSlots]);
 }
-__device__ __forceinline__ uint32_t wait_for_piece(StepShared &shared, int piece) {
-    barrier_wait(full_barrier(shared, piece), piece / kTurns & 1);
-    return shared_address(shared.ring[slot_of(piece)]);
+template <typename Shared>
+__device__ __forceinline__ uint32_t full_barrier(Shared &shared, int piece) {
+    return shared_address(&shared.full[piece % Shared::kTurns]);
 }
-__device__ __forceinline__ void release_piece(StepShared &shared, int piece) {
-    barrier_arrive(shared_address(&shared.empty[slot_of(piece)]));
+template <typename Shared>
+__device__ __forceinline__ uint32_t wait_for_piece(Shared &shared, int piece) {
+    barrier_wait(full_barrier(shared, piece), piece / Shared::kTurns & 1);
+    return shared_address(slot_of(shared, piece));
+}
+template <typename Shared>
+__device__ __forceinline__ void release_piece(Shared &shared, int piece) {
+    barrier_arrive(empty_barrier(shared, piece));
 }
 // For the producer, before it asks for a piece: with it, at most kInFlight are on their way.
-__device__ __forceinline__ uint32_t wait_for_slot(StepShared &shared, int piece) {
+template <typename Shared>
+__device__ __forceinline__ uint32_t wait_for_slot(Shared &shared, int piece) {
     if (piece >= kInFlight) wait_for_piece(shared, piece - kInFlight);
-    barrier_wait(shared_address(&shared.empty[slot_of(piece)]), piece / kSlots & 1 ^ 1);
-    return shared_address(shared.ring[slot_of(piece)]);
+    barrier_wait(empty_barrier(shared, piece), piece / Shared::kSlots & 1 ^ 1);
+    return shared_address(slot_of(shared, piece));
 }
 
+// Named barriers of a block.
+constexpr int kConsumersMeet = 1, kPositionsKnown = 2, kStoresDone = 3, kGridArrived = 4;
+constexpr int kTileWarpsMeet = 5;  // and one for each further tile at work
+
 __device__ __forceinline__ void consumer_barrier() {
-    named_barrier_sync<1, kConsumers>();
+    named_barrier_sync<kConsumersMeet, kConsumers>();
 }
 
 // The consumers tell the producer that shared.positions is written.
 __device__ __forceinline__ void announce_positions() {
-    named_barrier_arrive<2, kStepThreads>();
+    named_barrier_arrive<kPositionsKnown, kConsumers + kWarp>();
 }
 __device__ __forceinline__ void wait_for_positions() {
-    named_barrier_sync<2, kStepThreads>();
+    named_barrier_sync<kPositionsKnown, kConsumers + kWarp>();
 }
 
-// Waits until every thread block arrived. The arrivals expected so far are kept in shared memory: in a
-// register they would be spilled, and fetched from afar in every turn of the loop.
-__device__ __forceinline__ void grid_barrier(StepShared &shared, unsigned *counter) {
-    consumer_barrier();  // this block's stores are done before one thread speaks for it
-    if (threadIdx.x == 0) {
-        fence_gpu();  // they are out before the arrival
-        add_relaxed(counter, 1);
-        unsigned target = shared.arrivals_expected += gridDim.x;
-        while (load_acquire(counter) < target) {
+// Waits until every thread block arrived; meanwhile the consumers do `work`, which needs no other block's
+// results. A warp of its own speaks for the block: nobody who has work to do waits for the block's stores.
+template <typename Work>
+__device__ __forceinline__ void grid_barrier(Work work) {
+    named_barrier_arrive<kStoresDone, kConsumers + kWarp>();
+    work();
+    named_barrier_sync<kGridArrived, kConsumers + kWarp>();
+}
+
+// That warp: `count` barriers.
+static __device__ __forceinline__ void meet_grid(unsigned *counter, int count) {
+    unsigned expected = 0;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+        named_barrier_sync<kStoresDone, kConsumers + kWarp>();
+        if (threadIdx.x % kWarp == 0) {
+            fence_gpu();  // the block's stores are out before its arrival
+            add_relaxed(counter, 1);
+            expected += gridDim.x;
+            while (load_acquire(counter) < expected) {
+            }
         }
+        __syncwarp();
+        named_barrier_arrive<kGridArrived, kConsumers + kWarp>();
     }
-    consumer_barrier();  // nobody reads other blocks' results before the barrier
 }
 
 // threadIdx.x, read again where it is used: what a phase derives from it does not occupy registers through
@@ -179,6 +240,7 @@ __device__ __forceinline__ int num_units(const Matrix &matrix) {
     return (matrix.rows + kUnitRows - 1) / kUnitRows;
 }
 
+template <typename Shared>
 __device__ __forceinline__ PhaseOrder phase_order(int units, int parts, int cols, int num_tokens) {
     PhaseOrder order;
     order.own_units = own_share(units);
@@ -186,30 +248,34 @@ __device__ __forceinline__ PhaseOrder phase_order(int units, int parts, int cols
     order.cols = cols;
     order.num_chunks = (cols + NUMERICS_CHUNK - 1) / NUMERICS_CHUNK;
     order.chunks_per_group =
-        min(order.num_chunks, (kInputValues / num_tokens - kInputPadding) / NUMERICS_CHUNK);
+        min(order.num_chunks, (Shared::kInputValues / num_tokens - kInputPadding) / NUMERICS_CHUNK);
     order.units_per_round = max(1, kRoundTasks / (parts * order.num_chunks));
     return order;
 }
 
 // The same in every layer.
+template <typename Shared>
 static __device__ PhaseOrder order_of_phase(const StepArguments &args, int phase) {
     const DecodeLayer &layer = args.layers[0];
     int n = args.num_seqs;
     if (phase == kPhaseQkv)
-        return phase_order(num_units(layer.q_proj) + 2 * num_units(layer.k_proj), 1, layer.q_proj.cols, n);
-    if (phase == kPhaseO) return phase_order(num_units(layer.o_proj), 1, layer.o_proj.cols, n);
-    if (phase == kPhaseGateUp) return phase_order(num_units(layer.gate_proj), 2, layer.gate_proj.cols, n);
-    if (phase == kPhaseDown) return phase_order(num_units(layer.down_proj), 1, layer.down_proj.cols, n);
-    return phase_order(num_units(args.problem.lm_head), 1, args.problem.lm_head.cols, n);
+        return phase_order<Shared>(num_units(layer.q_proj) + 2 * num_units(layer.k_proj), 1,
+                                   layer.q_proj.cols, n);
+    if (phase == kPhaseO) return phase_order<Shared>(num_units(layer.o_proj), 1, layer.o_proj.cols, n);
+    if (phase == kPhaseGateUp)
+        return phase_order<Shared>(num_units(layer.gate_proj), 2, layer.gate_proj.cols, n);
+    if (phase == kPhaseDown)
+        return phase_order<Shared>(num_units(layer.down_proj), 1, layer.down_proj.cols, n);
+    return phase_order<Shared>(num_units(args.problem.lm_head), 1, args.problem.lm_head.cols, n);
 }
 
-// One segment of one sequence and kv head: a block's task in the attention phase.
-
+// One segment or less of one sequence's attention by one kv head: a block's task.
 struct AttentionTask {
-    int sequence, kv_head, segment;
-    int position;      // of the new token
-    int num_segments;  // of the sequence
+    int sequence, kv_head;
+    int position;  // of the new token
     int first_tile, num_tiles;
+    int first_part;  // of the row
+    RowPlan plan;
 
     // Keys of a tile that are in the cache already, 0 .. 128.
     __device__ int cached_keys(int tile) const {
@@ -221,34 +287,34 @@ struct AttentionTask {
     }
     // Pieces of K, and of V, of a tile; one that holds the new key alone is empty on arrival.
     __device__ int halves(int tile) const { return (num_keys(tile) + kPieceKeys - 1) / kPieceKeys; }
-    // K and V of each tile; only the last tile may have a single half.
-    __device__ int num_pieces() const {
-        return 2 * (2 * (num_tiles - 1) + halves(first_tile + num_tiles - 1));
-    }
 };
 
 // Calls visit(task) for each task of this block, in one order for the producer and the consumers.
-template <typename Visit>
-static __device__ __forceinline__ void for_own_tasks(const StepShared &shared, const StepArguments &args,
+template <typename Shared, typename Visit>
+static __device__ __forceinline__ void for_own_tasks(const Shared &shared, const StepArguments &args,
                                                      Visit visit) {
     // The last blocks first: of weight rows they have the fewest.
-    int next = (int)(gridDim.x - 1 - blockIdx.x), heads = args.problem.num_kv_heads;
+    int next = (int)(gridDim.x - 1 - blockIdx.x), heads = args.problem.num_kv_heads, first_part = 0;
 #pragma unroll 1
     for (int sequence = 0; sequence < args.num_seqs; ++sequence) {
-        int position = shared.positions[sequence];
-        int num_segments = position / kSegmentKeys + 1, num_tasks = num_segments * heads;
+        RowPlan plan = shared.plans[sequence];
+        int num_tasks = plan.num_runs * heads;
 #pragma unroll 1
         for (; next < num_tasks; next += (int)gridDim.x) {
             AttentionTask task;
+            int run = next / heads;
             task.sequence = sequence;
-            task.segment = next / heads;
-            task.kv_head = next - task.segment * heads;
-            task.position = position;
-            task.num_segments = num_segments;
-            task.first_tile = task.segment * NUMERICS_SEGMENT;
-            task.num_tiles = min(NUMERICS_SEGMENT, position / NUMERICS_TILE + 1 - task.first_tile);
+            task.kv_head = next - run * heads;
+            task.position = shared.positions[sequence];
+            task.first_tile = run * plan.run_tiles;
+            int all_tiles = task.position / NUMERICS_TILE + 1;
+            task.num_tiles =
+                (run == plan.num_runs - 1 ? all_tiles : (run + 1) * plan.run_tiles) - task.first_tile;
+            task.first_part = first_part + task.kv_head * plan.num_parts;
+            task.plan = plan;
             visit(task);
         }
         next -= num_tasks;
+        first_part += heads * plan.num_parts;
     }
 }

@@ -45,15 +45,17 @@ __device__ __forceinline__ PhaseWeights gate_up_weights(const DecodeLayer &layer
 }
 
 // One piece of contiguous bytes, by one lane.
-static __device__ __forceinline__ void stream_piece(StepShared &shared, int piece, const bf16 *from,
-                                                    int bytes, uint64_t policy) {
+template <typename Shared>
+static __device__ __forceinline__ void stream_piece(Shared &shared, int piece, const bf16 *from, int bytes,
+                                                    uint64_t policy) {
     uint32_t slot = wait_for_slot(shared, piece), full = full_barrier(shared, piece);
     barrier_arrive_expect(full, bytes);
     copy_bulk_with_policy(slot, from, bytes, full, policy);
 }
 
 // The block's pieces of one phase, in PhaseOrder, after the norm's weight if there is one; by one lane.
-static __device__ __forceinline__ int stream_phase(StepShared &shared, int piece, const bf16 *norm,
+template <typename Shared>
+static __device__ __forceinline__ int stream_phase(Shared &shared, int piece, const bf16 *norm,
                                                    const PhaseWeights &weights, int phase,
                                                    uint64_t policy) {
     const PhaseOrder order = shared.orders[phase];
@@ -88,10 +90,12 @@ static __device__ __forceinline__ int stream_phase(StepShared &shared, int piece
 
 // K and V of the cached keys of the block's tasks, tile by tile; by the whole warp. Keys lie together in
 // runs of a block or a piece, whichever is shorter; each lane keeps the addresses of two runs of the
-// segment.
-static __device__ __forceinline__ int stream_cache(StepShared &shared, const StepArguments &args,
+// task.
+template <typename Shared>
+static __device__ __forceinline__ int stream_cache(Shared &shared, const StepArguments &args,
                                                    const KvLayer &cache, int piece) {
-    constexpr int kLaneRuns = kSegmentKeys / kSmallestBlock / kWarp;
+    constexpr int kLaneRuns = (kMaxRun * NUMERICS_TILE / kSmallestBlock + kWarp - 1) / kWarp;
+    static_assert(kLaneRuns == 3, "as many are chosen from below");
     int lane = (int)threadIdx.x % kWarp, block_size = cache.block_size;
     int run_keys = min(kPieceKeys, block_size), runs = kPieceKeys / run_keys;  // of a piece
     size_t to_values = (size_t)block_size * kTileCols;
@@ -100,7 +104,7 @@ static __device__ __forceinline__ int stream_cache(StepShared &shared, const Ste
         const bf16 *run_data[kLaneRuns];
 #pragma unroll
         for (int i = 0; i < kLaneRuns; ++i) {
-            int key = task.segment * kSegmentKeys + (i * kWarp + lane) * run_keys;
+            int key = task.first_tile * NUMERICS_TILE + (i * kWarp + lane) * run_keys;
             int index = key / block_size, block = key < task.position ? block_table[index] : 0;
             run_data[i] = cache.data + kv_tile_offset(block, task.kv_head, cache.num_kv_heads, block_size) +
                           (size_t)(key - index * block_size) * kTileCols;
@@ -115,8 +119,9 @@ static __device__ __forceinline__ int stream_cache(StepShared &shared, const Ste
                 for (int half = 0; half < halves; ++half, ++piece) {
                     int keys = max(0, min(kPieceKeys, cached - half * kPieceKeys));
                     int run = first_run + half * runs;
-                    auto data =
-                        reinterpret_cast<unsigned long long>(run < kWarp ? run_data[0] : run_data[1]);
+                    auto data = reinterpret_cast<unsigned long long>(run < kWarp       ? run_data[0]
+                                                                     : run < 2 * kWarp ? run_data[1]
+                                                                                       : run_data[2]);
                     data = __shfl_sync(kFullWarp, data, (run + lane % runs) % kWarp);
                     const bf16 *from = reinterpret_cast<const bf16 *>(data) + (is_value ? to_values : 0);
                     int own_keys = min(run_keys, keys - lane * run_keys);
@@ -133,7 +138,8 @@ static __device__ __forceinline__ int stream_cache(StepShared &shared, const Ste
     return piece;
 }
 
-static __device__ __forceinline__ void produce(StepShared &shared, const StepArguments &args) {
+template <typename Shared>
+static __device__ __forceinline__ void produce(Shared &shared, const StepArguments &args) {
     const DecodeProblem &problem = args.problem;
     // Weights are used once a step: they should not drive activations and tables out of the L2 cache.
     uint64_t once = evict_first_policy();

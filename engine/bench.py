@@ -248,8 +248,9 @@ def _step_seconds(engine: LLMEngine, slices: list[SequenceSlice]) -> float:
 def report(title: str, found: dict[str, Any]) -> str:
     """The figures as a short text."""
     lines = [
-        f"{title}: {found['requests']} requests, pp {found['pp_tokens']} + tg {found['tg_tokens']} "
-        f"tokens in {found['seconds']:.2f} s, {found['steps']} steps",
+        f"{title}: {_counted(found['requests'], 'request')}, pp {found['pp_tokens']} + "
+        f"tg {found['tg_tokens']} tokens in {found['seconds']:.2f} s, "
+        f"{_counted(found['steps'], 'step')}",
         f"  throughput    {found['requests_per_second']:.2f} requests/s, "
         f"{found['tokens_per_second']:.1f} tokens/s, tg {found['tg_tokens_per_second']:.1f}",
     ]
@@ -257,20 +258,26 @@ def report(title: str, found: dict[str, Any]) -> str:
         values = found[f"{name}_ms"]
         if values is not None:
             shown = ", ".join(f"{key} {value:.2f}" for key, value in values.items())
-            lines.append(f"  {name + ' ms':<13} {shown}")
+            lines.append(f"  {name.removesuffix('_step') + ' ms':<13} {shown}")
     lines.append(
         f"  in the model  {100 * found['model_share']:.1f} % of the time; beside it "
-        f"{found['host_us_per_step']:.0f} us per step; {found['preemptions']} preemptions"
+        f"{found['host_us_per_step']:.0f} us per step; "
+        f"{_counted(found['preemptions'], 'preemption')}"
     )
     if "pure" in found:
         pure = found["pure"]
-        lines.append(
+        lines += [
             f"  pure steps    {1e3 * pure['prefill_seconds']:.2f} ms for "
-            f"{pure['num_prompt_tokens']} prompt tokens, {1e3 * pure['decode_seconds']:.2f} ms for "
-            f"{pure['num_seqs']} sequences at {pure['context']} tokens: "
-            f"{100 * found['pure_share']:.1f} % of their throughput"
-        )
+            f"{_counted(pure['num_prompt_tokens'], 'prompt token')}, "
+            f"{1e3 * pure['decode_seconds']:.2f} ms for {_counted(pure['num_seqs'], 'sequence')} "
+            f"at {pure['context']} tokens",
+            f"                {100 * found['pure_share']:.1f} % of their throughput",
+        ]
     return "\n".join(lines)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _sequences(clock: Clock) -> list:

@@ -32,7 +32,10 @@ def test_the_throughput_is_shown_as_a_share_of_the_pure_steps(capsys):
 
     assert main(["bench", "throughput", *SMALL, *arguments]) == 0
 
-    assert "% of their throughput" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "% of their throughput" in shown
+    assert "2 requests, pp 8 + tg 4 tokens" in shown and "1 sequence at" not in shown
+    assert [line for line in shown.splitlines() if len(line) > 100] == []
 
 
 def test_requests_that_arrive_in_time_have_no_share(capsys):
@@ -52,6 +55,7 @@ def test_latency_is_one_batch(capsys):
     assert code == 0
     assert "toy latency: 2 requests, pp 10 + tg 6 tokens" in out
     assert "itl ms" in out
+    assert "\n  decode ms     p50" in out
 
 
 def test_what_does_not_fit_is_an_error_in_words(capsys):

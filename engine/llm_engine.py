@@ -5,6 +5,7 @@ grow as the scheduler lets them. Who runs when, and what a token looks like, is 
 refused request changes nothing, so none can harm another. One thread at a time.
 """
 
+import contextlib
 import secrets
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -179,10 +180,7 @@ class LLMEngine:
         step = self.scheduler.schedule()
         if step is None:
             return []
-        self.runner.begin(step.batch, sampling=self._sampling(step), wants_logits=False)
-        if self.async_scheduling:
-            self.scheduler.prepare(step)
-        result = self.runner.end()
+        result = self._run(step)
         next_ids = result.next_ids[step.logits_rows] if step.prompts else result.next_ids
         self._score_prompts(step, result)
         committed = self.scheduler.commit(step, next_ids)
@@ -193,6 +191,20 @@ class LLMEngine:
         for sequence in committed.finished:
             touched[sequence.request_id] = None
         return self._outputs(touched)
+
+    def _run(self, step: ScheduledStep) -> StepResult:
+        """The model's part of a step; whatever interrupts it, no step is left under way."""
+        try:
+            self.runner.begin(step.batch, sampling=self._sampling(step), wants_logits=False)
+            if self.async_scheduling:
+                self.scheduler.prepare(step)
+            return self.runner.end()
+        except BaseException:
+            # Ctrl-C is heard when the call that begins a step returns. Until that step has ended,
+            # no other can begin, and the blocks that it writes to belong to nobody else.
+            with contextlib.suppress(Exception):  # what came first is told
+                self.runner.end()
+            raise
 
     def _take(self, sequence: Sequence, token_id: int, row: int, logprobs: Logprobs | None) -> None:
         """Tell an answer its new token; a stop string in it ends the sequence."""

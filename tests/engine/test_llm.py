@@ -248,6 +248,26 @@ def test_a_model_whose_serving_is_refused_is_closed(library: Library, monkeypatc
     assert len(closed) == 1
 
 
+@pytest.mark.parametrize("half", ["begin", "end"])
+def test_an_interrupt_in_the_middle_of_a_step_leaves_a_model_that_answers(
+    llm: LLM, monkeypatch, half: str
+):
+    (expected,) = llm.generate("hello", GREEDY)
+    whole = getattr(llm.runner, half)
+
+    def interrupted(*arguments: object, **options: object) -> object:
+        monkeypatch.undo()
+        if half == "begin":  # Ctrl-C is heard when the C call returns: the step has begun
+            whole(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm.runner, half, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate("hello", GREEDY)
+
+    assert llm.generate("hello", GREEDY)[0].outputs == expected.outputs
+
+
 def test_an_unknown_argument_is_refused(library: Library):
     with pytest.raises(InvalidArgument, match="no such argument.*tensor_parallel"):
         LLM("toy", device="cpu", library=library, tensor_parallel_size=2)

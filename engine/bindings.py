@@ -27,7 +27,7 @@ from engine.source_stamp import source_stamp
 from engine.step_struct import StepStruct, fill_batch
 from engine.tap import Tap, TapPoint
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 LIBRARY_PATH = Path(__file__).resolve().parent / "libengine.so"
 DEVICES: Mapping[str, int] = MappingProxyType({"cpu": 0, "cuda": 1})

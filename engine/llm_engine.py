@@ -8,7 +8,7 @@ refused request changes nothing, so none can harm another. One thread at a time.
 import contextlib
 import secrets
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -18,14 +18,7 @@ from engine.errors import InvalidArgument
 from engine.outputs import RequestOutput
 from engine.request import Request
 from engine.request_checks import Prompt, check_request, longest_sequence, read_prompt
-from engine.sampling import (
-    IgnoredRow,
-    Logprobs,
-    PromptToken,
-    SamplingBatch,
-    SequenceSampler,
-    build_sampling,
-)
+from engine.sampling import Logprobs, PromptToken, SamplingBatch, SequenceSampler, spread
 from engine.sampling_params import SamplingParams
 from engine.scheduler import ScheduledStep, Scheduler
 from engine.sequence import Sequence
@@ -209,7 +202,6 @@ class LLMEngine:
     def _take(self, sequence: Sequence, token_id: int, row: int, logprobs: Logprobs | None) -> None:
         """Tell an answer its new token; a stop string in it ends the sequence."""
         request = self._requests[sequence.request_id]
-        sequence.sampler.append(token_id)
         scores = None
         if request.params.logprobs is not None:
             scores = request.token_logprobs(logprobs, row, token_id, request.params.logprobs)
@@ -231,9 +223,10 @@ class LLMEngine:
     def _sampling(self, step: ScheduledStep) -> SamplingBatch | None:
         """How the step's rows of logits are sampled; None: all by arg-max."""
         running = self.scheduler.running
+        sampling = running.sampling(step.rows)
         if not step.prompts:
-            return running.sampling(step.rows)
-        rows: list[Any] = [IgnoredRow()] * len(step.batch.logits_indices)
+            return sampling
+        scored = {}
         for part in step.prompts:
             request = self._requests[part.sequence.request_id]
             count = request.params.prompt_logprobs
@@ -241,12 +234,8 @@ class LLMEngine:
             for i in range(part.count):
                 follower = part.start + i + 1
                 if request.num_prompt_logprobs <= follower < len(ids):
-                    rows[part.first_logits_row + i] = PromptToken(ids[follower], count)
-        for row, place in zip(step.rows.tolist(), step.logits_rows.tolist(), strict=True):
-            sampler = running.sequences[row].sampler
-            sampler.position = int(running.num_tokens[row])
-            rows[place] = sampler
-        return build_sampling(rows)
+                    scored[part.first_logits_row + i] = PromptToken(ids[follower], count)
+        return spread(sampling, step.logits_rows, len(step.batch.logits_indices), scored)
 
     def _score_prompts(self, step: ScheduledStep, result: StepResult) -> None:
         for part in step.prompts:
@@ -273,8 +262,4 @@ def _is_sampled(params: SamplingParams) -> bool:
 
 def _looks_at_tokens(params: SamplingParams) -> bool:
     """Whether an answer needs each token when it comes, not only all at the end."""
-    return (
-        _is_edited(params)
-        or params.logprobs is not None
-        or bool(params.stop or params.stop_token_ids)
-    )
+    return params.logprobs is not None or bool(params.stop or params.stop_token_ids)

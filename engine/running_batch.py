@@ -9,18 +9,20 @@ Decides nothing. Invariant: rows 0 .. num_seqs - 1 are in use, and every array's
 import numpy as np
 
 from engine.batch import Batch
-from engine.sampling import EDIT, NO_LOGPROBS, ROW, SamplingBatch
+from engine.edit_table import EditTable
+from engine.sampling import ROW, IgnoredRow, SamplingBatch, most_logprobs
 from engine.sequence import Sequence
 
-_NO_EDITS = np.zeros(0, EDIT)
 FIRST_WIDTH = 8  # columns of block tables; they double where the longest sequence needs more
 NEVER = np.iinfo(np.int32).max  # tokens that no sequence has
 
 
 class RunningBatch:
-    """Rows for up to max_num_seqs sequences of up to max_seq_len tokens."""
+    """Rows for up to max_num_seqs sequences of up to max_seq_len tokens below vocab_size."""
 
-    def __init__(self, max_num_seqs: int, max_seq_len: int, block_size: int) -> None:
+    def __init__(
+        self, max_num_seqs: int, max_seq_len: int, block_size: int, vocab_size: int
+    ) -> None:
         assert block_size & (block_size - 1) == 0, "slots are made by shifting"
         self.block_size = block_size
         self._block_shift, self._block_mask = block_size.bit_length() - 1, block_size - 1
@@ -28,7 +30,6 @@ class RunningBatch:
         self.num_watched = 0
         self.num_prompt_readers = 0  # those that want prompt logits
         self.num_sampled = 0  # those whose arg-max is not all that is asked
-        self.num_edited = 0  # those whose logits change before the choice
         self._max_blocks = -(-max_seq_len // block_size)
         self.token_ids = np.zeros((max_num_seqs, max_seq_len), np.int32)
         self.num_tokens = np.zeros(max_num_seqs, np.int32)  # known: prompt and answer so far
@@ -44,6 +45,7 @@ class RunningBatch:
         self.next_slots = np.zeros(max_num_seqs, np.int32)  # for it, where `is_ahead`
         arrays = [array for array in vars(self).values() if isinstance(array, np.ndarray)]
         self._arrays = [array for array in arrays if array.ndim == 1]  # one value per row
+        self._edits = EditTable(self.samplers, vocab_size)
         self._positions = self.samplers["position"]
         self._flat_ids = self.token_ids.reshape(-1)
         self._id_starts = np.arange(0, self.token_ids.size, max_seq_len)
@@ -76,9 +78,12 @@ class RunningBatch:
         self.num_watched += sequence.is_watched
         self.num_prompt_readers += sequence.wants_prompt_logits
         self.num_sampled += sequence.is_sampled
-        self.num_edited += sequence.is_edited
-        if sequence.sampler is not None:
-            self.samplers[row] = np.frombuffer(sequence.sampler.row, ROW)[0]
+        sampler = sequence.sampler
+        self.samplers[row] = np.frombuffer((sampler or IgnoredRow).row, ROW)[0]
+        if sampler is not None and sequence.is_edited:
+            for token_id in sequence.token_ids[sampler.position :]:  # of its last run
+                sampler.append(token_id)
+            self._edits.put(row, sampler)
         if len(sequence.block_table) > self.block_tables.shape[1]:
             self._widen(len(sequence.block_table))
         self.block_tables[row, : len(sequence.block_table)] = sequence.block_table
@@ -93,7 +98,7 @@ class RunningBatch:
         self.num_watched -= sequence.is_watched
         self.num_prompt_readers -= sequence.wants_prompt_logits
         self.num_sampled -= sequence.is_sampled
-        self.num_edited -= sequence.is_edited
+        self._edits.remove(row)
         last = self.sequences.pop()
         self._forget_views()
         if last is not sequence:
@@ -105,6 +110,7 @@ class RunningBatch:
                 (self.block_tables, len(last.block_table)),
             ):
                 table[row, :used] = table[last.row, :used]
+            self._edits.move(last.row, row)
             self.sequences[row] = last
             last.row = row
         sequence.row = None
@@ -167,6 +173,7 @@ class RunningBatch:
         self._flat_ids[self._id_starts[index] + self.num_tokens[index]] = next_ids
         self.newest_ids[index] = next_ids
         self.num_tokens[index] += 1
+        self._edits.note(rows, next_ids, self.num_tokens)
         return self.num_tokens[index]
 
     def index_of(self, rows: np.ndarray) -> np.ndarray | slice:
@@ -269,30 +276,21 @@ class RunningBatch:
     def sampling(self, rows: np.ndarray) -> SamplingBatch | None:
         """How these rows' next tokens are chosen; None: all by arg-max.
 
-        Of all rows it is a view, the same while no row comes or goes and none has edits.
+        Of all rows it is a view, the same while no row comes or goes and edits have room.
         """
         if self.num_sampled == 0 or len(rows) == 0:
             return None
-        if self._decode_sampling is not None and len(rows) == self.num_seqs:
-            self._positions[: len(rows)] = self.num_tokens[: len(rows)]
-            return self._decode_sampling
-        if len(rows) == self.num_seqs:
-            samplers = self.samplers[: len(rows)]
-        else:
+        edits = self._edits.edits
+        if len(rows) < self.num_seqs:
             samplers = self.samplers.take(rows)  # indexing by rows: 20 us for 256, take: 2
-        samplers["position"] = self.num_tokens[rows]
-        edits = []
-        for place, row in enumerate(rows.tolist() if self.num_edited else ()):
-            sampler = self.sequences[row].sampler
-            if sampler is not None and sampler.num_edits:
-                samplers["num_edits"][place] = sampler.num_edits
-                edits.append(sampler.edits)
-        most = int(samplers["num_logprobs"].max())
-        edits_of_all = np.concatenate(edits).view(EDIT)[:, 0] if edits else _NO_EDITS
-        sampling = SamplingBatch(samplers, edits_of_all, None if most == NO_LOGPROBS else most)
-        if self.num_edited == 0 and len(rows) == self.num_seqs:
-            self._decode_sampling = sampling
-        return sampling
+            samplers["position"] = self.num_tokens[rows]
+            return SamplingBatch(samplers, edits, most_logprobs(samplers))
+        count = self.num_seqs
+        self._positions[:count] = self.num_tokens[:count]
+        if self._decode_sampling is None or self._decode_sampling.edits is not edits:
+            samplers = self.samplers[:count]
+            self._decode_sampling = SamplingBatch(samplers, edits, most_logprobs(samplers))
+        return self._decode_sampling
 
     def filled_blocks(self) -> list[tuple[Sequence, int]]:
         """Blocks that became full since the last call, as (sequence, index), in order."""

@@ -5,7 +5,7 @@ follows from parameters and token ids alone, so it can be made again at any time
 devices, of C, or of other sequences.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,15 +32,17 @@ ROW = np.dtype(
         ("frequency_penalty", np.float32),
         ("num_logprobs", np.int32),
         ("scored_id", np.int32),
+        ("first_edit", np.int32),
         ("num_edits", np.int32),
-    ]
+    ],
+    align=True,
 )
 EDIT = np.dtype(
     [("token_id", np.int32), ("count", np.int32), ("bias", np.float32), ("flags", np.int32)]
 )
 EDIT_SEEN = 1  # the token is in the prompt or the answer: repetition_penalty applies
 EDIT_BANNED = 2  # the token cannot be chosen
-_TOKEN_ID, _COUNT, _BIAS, _FLAGS = range(len(EDIT))  # columns of edits as int32
+TOKEN_ID, COUNT, BIAS, FLAGS = range(len(EDIT))  # columns of edits as int32
 _FIRST_ROOM = 16  # edits; doubles when full
 _PARAMS = (
     "temperature",
@@ -72,7 +74,7 @@ class SamplingBatch:
     """What a step's sampling needs, one row per row of logits, in their order."""
 
     rows: np.ndarray  # [num_logits] ROW
-    edits: np.ndarray  # [sum of rows' num_edits] EDIT, row after row
+    edits: np.ndarray  # EDIT, each row's num_edits from its first_edit on
     max_logprobs: int | None  # most alternatives of any row; None: no row asks for logprobs
 
 
@@ -124,20 +126,18 @@ class SequenceSampler:
             raise InvalidArgument("prompt must have at least 1 token, got 0")
         self.params = params
         self.position = len(prompt_ids)  # of the next token
-        self.num_edits = 0
-        # Whether the arg-max of the unmodified logits is all that is asked.
-        self.is_plain = params.temperature == 0 and params.logprobs is None
-        self._num_output = 0
-        self._place: dict[int, int] = {}  # token id -> its row of _edits
+        self._places: dict[int, int] = {}  # token id -> its row of _edits
         self._edits = np.zeros((_FIRST_ROOM, len(EDIT)), np.int32)
         for token_id, bias in (params.logit_bias or {}).items():
             place = self._edit(token_id)
-            self._edits[place, _BIAS] = np.float32(bias).view(np.int32)
+            self._edits[place, BIAS] = np.float32(bias).view(np.int32)
         end_ids = set(params.stop_token_ids) | set(() if params.ignore_eos else eos_token_ids)
-        self._banned = sorted(end_ids) if params.min_tokens > 0 else []
-        for token_id in self._banned:
-            self._flag(token_id, EDIT_BANNED)
-        self._is_watching = params.has_penalties or bool(self._banned)
+        # Tokens of prompt and answer from which on the ends are allowed; None: they are.
+        self.ban_end: int | None = None
+        if params.min_tokens > 0 and end_ids:
+            self.ban_end = len(prompt_ids) + params.min_tokens
+            for token_id in sorted(end_ids):
+                self._flag(token_id, EDIT_BANNED)
         if params.repetition_penalty != 1:
             for token_id in dict.fromkeys(prompt_ids):
                 self._flag(token_id, EDIT_SEEN)
@@ -155,39 +155,37 @@ class SequenceSampler:
         """The logits that change before the choice, [num_edits, 4] int32: EDIT's bytes."""
         return self._edits[: self.num_edits]
 
-    def append(self, token_id: int) -> None:
-        """Take note of the answer's next token."""
-        self.position += 1
-        if self._is_watching:
-            self._note(token_id)
+    @property
+    def num_edits(self) -> int:
+        """How many logits change."""
+        return len(self._places)
 
-    def _note(self, token_id: int) -> None:
-        self._num_output += 1
+    @property
+    def is_plain(self) -> bool:
+        """Whether the arg-max of the unmodified logits is all that is asked."""
+        return self.params.temperature == 0 and self.params.logprobs is None and not self._places
+
+    def append(self, token_id: int) -> None:
+        """Take note of the answer's next token; while it runs, `EditTable` does."""
+        self.position += 1
         if self.params.has_penalties:
             place = self._flag(token_id, EDIT_SEEN)
-            self._edits[place, _COUNT] += 1
-        if self._banned and self._num_output == self.params.min_tokens:
-            for banned in self._banned:
-                place = self._edit(banned)
-                self._edits[place, _FLAGS] &= ~EDIT_BANNED
-            self._banned = []
-            self._is_watching = self.params.has_penalties
+            self._edits[place, COUNT] += 1
+        if self.position == self.ban_end:
+            self._edits[: self.num_edits, FLAGS] &= ~EDIT_BANNED
+            self.ban_end = None
 
     def _edit(self, token_id: int) -> int:
         """The token's row of _edits, made where it has none."""
-        place = self._place.get(token_id)
-        if place is None:
-            place = self.num_edits
-            if place == len(self._edits):
-                self._edits = np.concatenate([self._edits, np.zeros_like(self._edits)])
-            self._place[token_id] = place
-            self._edits[place, _TOKEN_ID] = token_id
-            self.num_edits, self.is_plain = place + 1, False
+        place = self._places.setdefault(token_id, len(self._places))
+        if place == len(self._edits):
+            self._edits = np.concatenate([self._edits, np.zeros_like(self._edits)])
+        self._edits[place, TOKEN_ID] = token_id
         return place
 
     def _flag(self, token_id: int, flag: int) -> int:
         place = self._edit(token_id)
-        self._edits[place, _FLAGS] |= flag
+        self._edits[place, FLAGS] |= flag
         return place
 
 
@@ -244,13 +242,49 @@ def build_sampling(
         return None
     stacked = np.frombuffer(bytearray(b"".join([row.row for row in rows])), ROW)
     stacked["position"] = [row.position for row in rows]
-    num_edits = [row.num_edits for row in rows]
-    edits = _NO_EDITS
-    if any(num_edits):
-        stacked["num_edits"] = num_edits
-        edits = np.concatenate([row.edits for row in rows if row.num_edits]).view(EDIT)[:, 0]
-    most = int(stacked["num_logprobs"].max())
-    return SamplingBatch(stacked, edits, None if most == NO_LOGPROBS else most)
+    stacked["num_edits"] = num_edits = [row.num_edits for row in rows]
+    stacked["first_edit"] = np.cumsum([0, *num_edits[:-1]])
+    edits = [row.edits for row in rows if row.num_edits]
+    return SamplingBatch(
+        stacked,
+        np.concatenate(edits).view(EDIT)[:, 0] if edits else _NO_EDITS,
+        most_logprobs(stacked),
+    )
+
+
+def spread(
+    sampling: SamplingBatch | None,
+    places: np.ndarray,
+    num_logits: int,
+    scored: Mapping[int, PromptToken],
+) -> SamplingBatch | None:
+    """The sampling arrays of a step in which only some rows of logits are sampled.
+
+    Args:
+        sampling: of those; None: by arg-max.
+        places: which they are, [num_sampled].
+        num_logits: rows of logits of the step.
+        scored: rows of prompts by their place; whatever is chosen for the others is ignored.
+
+    Returns:
+        The arrays, or None where no row asks for more than its arg-max.
+    """
+    if sampling is None and not scored:
+        return None
+    rows = np.frombuffer(bytearray(IgnoredRow.row * num_logits), ROW)
+    if sampling is not None:
+        rows[places] = sampling.rows
+    for place, token in scored.items():
+        rows[place] = np.frombuffer(token.row, ROW)[0]
+    return SamplingBatch(
+        rows, _NO_EDITS if sampling is None else sampling.edits, most_logprobs(rows)
+    )
+
+
+def most_logprobs(rows: np.ndarray) -> int | None:
+    """Of ROW's alternatives, the most; None: no row asks for logprobs."""
+    most = int(rows["num_logprobs"].max())
+    return None if most == NO_LOGPROBS else most
 
 
 _NO_EDITS = np.zeros(0, EDIT)

@@ -83,7 +83,9 @@ class Scheduler:
         self.config = config
         self.max_waiting = max_waiting
         self.blocks = BlockManager(config.num_blocks, config.block_size, enable_prefix_caching)
-        self.running = RunningBatch(config.max_num_seqs, config.max_seq_len, config.block_size)
+        self.running = RunningBatch(
+            config.max_num_seqs, config.max_seq_len, config.block_size, vocab_size
+        )
         self.waiting: list[Sequence] = []  # in order
         self._leaders: list[Sequence] = []  # those with followers
         self._counting = np.arange(config.max_num_seqs)

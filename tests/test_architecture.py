@@ -30,6 +30,7 @@ PURE = (
     "sequence",
     "block_manager",
     "running_batch",
+    "edit_table",
     "scheduler",
     "outputs",
     "answer_text",

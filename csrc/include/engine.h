@@ -83,7 +83,8 @@ typedef struct EngineSamplingRow {
     float frequency_penalty;   // -2 .. 2
     int32_t num_logprobs;      // -1: not scored; else the most likely tokens listed, 0 .. max_logprobs
     int32_t scored_id;         // the token to score, -1: the one chosen
-    int32_t num_edits;         // how many of EngineSampling's edits are this row's
+    int32_t first_edit;        // which of EngineSampling's edits is this row's first, >= 0
+    int32_t num_edits;         // how many from there on are this row's
 } EngineSamplingRow;
 
 typedef enum EngineEditFlags {
@@ -105,7 +106,7 @@ enum { ENGINE_MAX_LOGPROBS = 20 };
 // ask for none, and places beyond a row's num_logprobs, are not written.
 typedef struct EngineSampling {
     const EngineSamplingRow *rows;  // [num_logits]
-    const EngineLogitEdit *edits;   // [num_edits], row after row
+    const EngineLogitEdit *edits;   // [num_edits], each row's together; between them anything may lie
     int32_t num_edits;
     int32_t max_logprobs;   // row length of the two arrays of alternatives, 0 .. ENGINE_MAX_LOGPROBS
     float *token_logprobs;  // [num_logits] or null, where no row is scored

@@ -109,10 +109,9 @@ typedef struct SamplingTask {
     Chosen *chosen;  // the slice whose results still lie in the room
 } SamplingTask;
 
-// The kernels' arrays for rows first .. first + num_rows - 1, in the backend's memory; `edits` are the
-// caller's from the first row on.
-Status stage_sampling(const SamplingTask *task, int first, int num_rows, const EngineLogitEdit *edits,
-                      const SampleRow **rows, const LogitEdit **device_edits, int *num_edits);
+// The kernels' arrays for rows first .. first + num_rows - 1, in the backend's memory.
+Status stage_sampling(const SamplingTask *task, int first, int num_rows, const SampleRow **rows,
+                      const LogitEdit **device_edits, int *num_edits);
 
 // Rows first .. first + num_rows - 1 of a step, whose logits are given: tokens to the host array next_ids
 // [num_rows], unless null, and scores to the sampling's arrays. The logits are left as they were. Rows go

@@ -45,8 +45,8 @@ static int rows_that_fit(const EngineSampling *sampling, int max_edits, int firs
     return count;
 }
 
-Status stage_sampling(const SamplingTask *task, int first, int num_rows, const EngineLogitEdit *edits,
-                      const SampleRow **rows, const LogitEdit **device_edits, int *num_edits) {
+Status stage_sampling(const SamplingTask *task, int first, int num_rows, const SampleRow **rows,
+                      const LogitEdit **device_edits, int *num_edits) {
     const SamplingRoom *room = task->room;
     SampleRow *host_rows = room->host_staged;
     LogitEdit *host_edits = (LogitEdit *)(host_rows + num_rows);
@@ -54,9 +54,9 @@ Status stage_sampling(const SamplingTask *task, int first, int num_rows, const E
     for (int i = 0; i < num_rows; i++) {
         const EngineSamplingRow *row = &task->sampling->rows[first + i];
         host_rows[i] = row_of(row, task->uniforms ? &task->uniforms[first + i] : NULL);
-        for (int end = count + row->num_edits; count < end; count++)
-            host_edits[count] = (LogitEdit){i, edits[count].token_id, edits[count].count, edits[count].bias,
-                                            edits[count].flags};
+        const EngineLogitEdit *edit = task->sampling->edits + row->first_edit;
+        for (int end = count + row->num_edits; count < end; count++, edit++)
+            host_edits[count] = (LogitEdit){i, edit->token_id, edit->count, edit->bias, edit->flags};
     }
     *rows = room->staged;
     *device_edits = (const LogitEdit *)(*rows + num_rows);
@@ -99,7 +99,7 @@ Status collect_tokens(const SamplingTask *t) {
 }
 
 static Status choose_some(const SamplingTask *t, float *logits, int first, int num_rows,
-                          const EngineLogitEdit *edits, int32_t *next_ids) {
+                          int32_t *next_ids) {
     const Kernels *k = t->kernels;
     const SamplingRoom *room = t->room;
     const SampleRow *rows;
@@ -107,7 +107,7 @@ static Status choose_some(const SamplingTask *t, float *logits, int first, int n
     int num_edits, is_scored = 0;
     for (int i = 0; i < num_rows; i++) is_scored |= t->sampling->rows[first + i].num_logprobs >= 0;
     TRY(collect_tokens(t));
-    TRY(stage_sampling(t, first, num_rows, edits, &rows, &device_edits, &num_edits));
+    TRY(stage_sampling(t, first, num_rows, &rows, &device_edits, &num_edits));
     if (num_edits)
         TRY(k->edit_logits(logits, room->saved, device_edits, rows, num_edits, t->vocab_size, t->stream));
     TRY(k->argmax(t->ids, logits, num_rows, t->vocab_size, t->stream));
@@ -121,14 +121,10 @@ static Status choose_some(const SamplingTask *t, float *logits, int first, int n
 }
 
 Status choose_tokens(const SamplingTask *task, float *logits, int first, int num_rows, int32_t *next_ids) {
-    const EngineSampling *s = task->sampling;
-    const EngineLogitEdit *edits = s->edits;
-    for (int row = 0; row < first; row++) edits += s->rows[row].num_edits;
     for (int row = first, end = first + num_rows; row < end;) {
-        int count = rows_that_fit(s, task->room->max_edits, row, end - row);
-        TRY(choose_some(task, logits + (size_t)(row - first) * task->vocab_size, row, count, edits,
+        int count = rows_that_fit(task->sampling, task->room->max_edits, row, end - row);
+        TRY(choose_some(task, logits + (size_t)(row - first) * task->vocab_size, row, count,
                         next_ids ? next_ids + (row - first) : NULL));
-        for (int i = 0; i < count; i++) edits += s->rows[row + i].num_edits;
         row += count;
     }
     return STATUS_OK;

@@ -23,5 +23,5 @@ Status batch_check(const EngineBatch *batch, const BatchLimits *limits, int extr
 // Sequences of more than one new token into `seqs`, [num_seqs]; returns how many.
 int batch_prefill_seqs(const EngineBatch *batch, int32_t *seqs);
 
-// `is_edited` is the caller's scratch, [vocab_size], all zero before and after (sampling.c).
-Status sampling_check(const EngineSampling *sampling, int num_rows, int vocab_size, uint8_t *is_edited);
+// `edited_by` is the caller's scratch, [vocab_size] (sampling.c).
+Status sampling_check(const EngineSampling *sampling, int num_rows, int vocab_size, uint8_t *edited_by);

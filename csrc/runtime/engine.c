@@ -60,7 +60,7 @@ static Status allocate_sampling(Engine *e) {
     int vocab_size = e->model.config.vocab_size;
     SamplingSizes sizes = sampling_sizes(e->model.activations.logits_rows, vocab_size);
     room->max_edits = sizes.max_edits;
-    TRY(allocate_host(&e->is_edited, (size_t)vocab_size));
+    TRY(allocate_host(&e->edited_by, (size_t)vocab_size));
     TRY(allocate_host(&room->host_staged, sizes.staged));
     TRY(allocate_host(&room->host_scores, sizes.scores));
     TRY(allocate(e, &room->staged, sizes.staged, &e->workspace_bytes));
@@ -167,7 +167,7 @@ Status engine_destroy(Engine *e) {
     free(e->slots);
     free(e->index_host);
     free(e->slot_owner);
-    free(e->is_edited);
+    free(e->edited_by);
     free(e->model.sampling.host_staged);
     free(e->model.sampling.host_scores);
     free(e->decode_layers);
@@ -256,7 +256,7 @@ static Status begin(Engine *e, const EngineBatch *batch, const EngineTap *taps, 
     TRY(check_taps(e, taps, num_taps));
     TRY(batch_check(batch, &e->limits, 0, e->slot_owner, ++e->step));
     if (batch->sampling)
-        TRY(sampling_check(batch->sampling, batch->num_logits, e->limits.vocab_size, e->is_edited));
+        TRY(sampling_check(batch->sampling, batch->num_logits, e->limits.vocab_size, e->edited_by));
     BatchIndex index;
     TapSet set = {taps, num_taps};
     Status status = index_of_batch(e, batch, &index);

@@ -18,7 +18,7 @@ struct Engine {
     size_t index_count;    // int32 values in each
     uint32_t *slot_owner;  // batch_check's scratch
     uint32_t step;
-    uint8_t *is_edited;          // sampling_check's scratch, [vocab_size]
+    uint8_t *edited_by;          // sampling_check's scratch, [vocab_size]
     int32_t *greedy_arrays;      // [4, max_num_seqs]: input_ids, positions, slots, lengths of a later step
     DecodeLayer *decode_layers;  // [num_layers], what the fused step is given
     void *decode_workspace;      // and its own memory; both null where there is no such step

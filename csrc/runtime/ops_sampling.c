@@ -8,10 +8,10 @@
 static Status check_sampling(const EngineSampling *sampling, int num_rows, int vocab_size) {
     TRY(check_positive("num_rows", num_rows));
     TRY(check_positive("vocab_size", vocab_size));
-    uint8_t *is_edited = calloc(1, (size_t)vocab_size);
-    if (!is_edited) return fail(STATUS_OUT_OF_MEMORY, "%d bytes of host memory", vocab_size);
-    Status status = sampling_check(sampling, num_rows, vocab_size, is_edited);
-    free(is_edited);
+    uint8_t *edited_by = calloc(1, (size_t)vocab_size);
+    if (!edited_by) return fail(STATUS_OUT_OF_MEMORY, "%d bytes of host memory", vocab_size);
+    Status status = sampling_check(sampling, num_rows, vocab_size, edited_by);
+    free(edited_by);
     return status;
 }
 
@@ -68,12 +68,11 @@ Status op_edit_logits(OpContext *context, float *out, const float *logits, const
     SCOPED_BUFFERS(b, context);
     Prepared p __attribute__((cleanup(prepared_free))) = {.logits = NULL};
     TRY(prepare(&p, &b, logits, sampling, num_rows, vocab_size));
-    const EngineLogitEdit *edits = sampling->edits;
-    for (int row = 0; row < num_rows; edits += sampling->rows[row++].num_edits) {
+    for (int row = 0; row < num_rows; row++) {
         const SampleRow *rows;
         const LogitEdit *device_edits;
         int num_edits;
-        TRY(stage_sampling(&p.task, row, 1, edits, &rows, &device_edits, &num_edits));
+        TRY(stage_sampling(&p.task, row, 1, &rows, &device_edits, &num_edits));
         if (num_edits)
             TRY(context->kernels->edit_logits(p.logits + (size_t)row * vocab_size, p.room.saved,
                                               device_edits, rows, num_edits, vocab_size, context->stream));

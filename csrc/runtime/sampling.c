@@ -1,6 +1,7 @@
 // sampling.c -- the door for a step's sampling: ranges, ids, sums and duplicates, before any work.
 
 #include <math.h>
+#include <string.h>
 #include "batch.h"
 
 static Status check_number(int row, const char *name, float value, float low, float high) {
@@ -31,6 +32,11 @@ static Status check_row(const EngineSampling *s, int index, int vocab_size) {
     TRY(check_integer(index, "num_logprobs", row->num_logprobs, -1, s->max_logprobs));
     TRY(check_integer(index, "scored_id", row->scored_id, -1, vocab_size - 1));
     TRY(check_integer(index, "num_edits", row->num_edits, 0, vocab_size));
+    TRY(check_integer(index, "first_edit", row->first_edit, 0, s->num_edits));
+    if (row->num_edits > s->num_edits - row->first_edit)
+        return fail(STATUS_INVALID_ARGUMENT,
+                    "sampling.rows[%d] has %d edits from %d on, but sampling.num_edits is %d", index,
+                    row->num_edits, row->first_edit, s->num_edits);
     if (row->num_logprobs >= 0 && (!s->token_logprobs || !s->token_ranks))
         return fail(STATUS_INVALID_ARGUMENT,
                     "sampling.rows[%d].num_logprobs is %d, but an output of scores is null", index,
@@ -42,11 +48,12 @@ static Status check_row(const EngineSampling *s, int index, int vocab_size) {
     return STATUS_OK;
 }
 
-static Status check_edit(const EngineLogitEdit *edit, int index, int vocab_size, uint8_t *is_edited) {
+static Status check_edit(const EngineLogitEdit *edit, int index, int vocab_size, uint8_t mark,
+                         uint8_t *edited_by) {
     if (edit->token_id < 0 || edit->token_id >= vocab_size)
         return fail(STATUS_INVALID_ARGUMENT, "sampling.edits[%d].token_id is %d, must be 0 .. %d", index,
                     edit->token_id, vocab_size - 1);
-    if (is_edited[edit->token_id])
+    if (edited_by[edit->token_id] == mark)
         return fail(STATUS_INVALID_ARGUMENT, "sampling.edits[%d].token_id is %d, which its row already has",
                     index, edit->token_id);
     if (edit->count < 0)
@@ -58,25 +65,26 @@ static Status check_edit(const EngineLogitEdit *edit, int index, int vocab_size,
     if (edit->flags & ~(EDIT_SEEN | EDIT_BANNED))
         return fail(STATUS_INVALID_ARGUMENT, "sampling.edits[%d].flags is %d, must be 0 .. %d", index,
                     edit->flags, EDIT_SEEN | EDIT_BANNED);
+    edited_by[edit->token_id] = mark;
     return STATUS_OK;
 }
 
-// One row's edits; `is_edited` is all zero before and after.
-static Status check_edits(const EngineLogitEdit *edits, int first, int count, int vocab_size,
-                          uint8_t *is_edited) {
-    Status status = STATUS_OK;
-    int checked = 0;
-    for (; checked < count && status == STATUS_OK; checked++) {
-        const EngineLogitEdit *edit = &edits[first + checked];
-        status = check_edit(edit, first + checked, vocab_size, is_edited);
-        if (status == STATUS_OK) is_edited[edit->token_id] = 1;
+// Every row's edits. A row leaves its mark at its tokens; the scratch is cleared when no mark is left.
+static Status check_edits(const EngineSampling *s, int num_rows, int vocab_size, uint8_t *edited_by) {
+    uint8_t mark = 0;
+    for (int row = 0; row < num_rows; row++) {
+        int first = s->rows[row].first_edit, count = s->rows[row].num_edits;
+        if (count > 0 && mark++ % UINT8_MAX == 0) {
+            memset(edited_by, 0, (size_t)vocab_size);
+            mark = 1;
+        }
+        for (int i = first; i < first + count; i++)
+            TRY(check_edit(&s->edits[i], i, vocab_size, mark, edited_by));
     }
-    if (status != STATUS_OK) checked--;  // the refused one left no mark
-    for (int i = 0; i < checked; i++) is_edited[edits[first + i].token_id] = 0;
-    return status;
+    return STATUS_OK;
 }
 
-Status sampling_check(const EngineSampling *s, int num_rows, int vocab_size, uint8_t *is_edited) {
+Status sampling_check(const EngineSampling *s, int num_rows, int vocab_size, uint8_t *edited_by) {
     if (num_rows > 0 && !s->rows) return fail(STATUS_INVALID_ARGUMENT, "sampling.rows is null");
     if (s->max_logprobs < 0 || s->max_logprobs > ENGINE_MAX_LOGPROBS)
         return fail(STATUS_INVALID_ARGUMENT, "sampling.max_logprobs is %d, must be 0 .. %d",
@@ -84,15 +92,6 @@ Status sampling_check(const EngineSampling *s, int num_rows, int vocab_size, uin
     if (s->num_edits < 0 || (s->num_edits > 0 && !s->edits))
         return fail(STATUS_INVALID_ARGUMENT, "sampling.num_edits is %d%s", s->num_edits,
                     s->num_edits < 0 ? ", must be at least 0" : ", but edits is null");
-    int64_t num_edits = 0;
-    for (int i = 0; i < num_rows; i++) {
-        TRY(check_row(s, i, vocab_size));
-        num_edits += s->rows[i].num_edits;
-    }
-    if (num_edits != s->num_edits)
-        return fail(STATUS_INVALID_ARGUMENT, "sampling.num_edits is %d, but its rows have %lld",
-                    s->num_edits, (long long)num_edits);
-    for (int i = 0, first = 0; i < num_rows; first += s->rows[i++].num_edits)
-        TRY(check_edits(s->edits, first, s->rows[i].num_edits, vocab_size, is_edited));
-    return STATUS_OK;
+    for (int row = 0; row < num_rows; row++) TRY(check_row(s, row, vocab_size));
+    return check_edits(s, num_rows, vocab_size, edited_by);
 }

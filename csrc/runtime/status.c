@@ -26,7 +26,7 @@ Status engine_last_error(const char **message) {
 Status engine_build_info(EngineBuildInfo *info) {
     if (!info) return fail(STATUS_INVALID_ARGUMENT, "info is null");
     memset(info, 0, sizeof *info);
-    info->abi_version = 3;
+    info->abi_version = 4;
     info->has_cuda = BUILT_WITH_CUDA;
     info->model_config_size = sizeof(EngineModelConfig);
     info->engine_options_size = sizeof(EngineOptions);

@@ -113,10 +113,9 @@ class PagedTokenModel(AtOnce):
             hashes.append(hash_of(self._read(batch, row, int(batch.positions[index]) + 1)))
         drawn, logprobs = hashes, None
         if sampling is not None:
-            ends = np.cumsum(sampling.rows["num_edits"]).tolist()
             drawn = [
-                drawn_from(h, row, sampling.edits[end - row["num_edits"] : end])
-                for h, row, end in zip(hashes, sampling.rows, ends, strict=True)
+                drawn_from(h, row, sampling.edits[row["first_edit"] :][: row["num_edits"]])
+                for h, row in zip(hashes, sampling.rows, strict=True)
             ]
             logprobs = scores(hashes, sampling)
         return Output(

@@ -1,3 +1,4 @@
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -39,7 +40,7 @@ class ScriptedRunner(AtOnce):
         self, batch: Batch, *, sampling: SamplingBatch | None, wants_logits: bool
     ) -> Output:
         self.batches.append(Batch(**{name: array.copy() for name, array in vars(batch).items()}))
-        self.samplings.append(sampling)
+        self.samplings.append(deepcopy(sampling))
         rows = len(batch.logits_indices)
         tokens = [self.script.pop(0) for _ in range(rows)]
         return Output(np.zeros((rows, 1)), np.array(tokens, np.int32), Logprobs.empty(rows, 0))

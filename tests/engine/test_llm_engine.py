@@ -164,9 +164,9 @@ def test_penalties_count_each_token_of_the_answer(tokenizer):
     works = engine.runner.forward
 
     def watched(batch, *, sampling, wants_logits):
-        seen.append(
-            {} if sampling is None else dict(sampling.edits[["token_id", "count"]].tolist())
-        )
+        first, count = sampling.rows[0][["first_edit", "num_edits"]]
+        edits = sampling.edits[first : first + count]
+        seen.append(dict(edits[["token_id", "count"]].tolist()))
         return works(batch, sampling=sampling, wants_logits=wants_logits)
 
     engine.runner.forward = watched

@@ -158,9 +158,11 @@ def test_an_option_of_sampling_reaches_the_model(option, value, field, expected)
 
 
 def test_biases_and_bans_reach_the_model():
-    found = sampled("--logit-bias", "5:2", "--logit-bias", "7:-3", "--min-tokens", "2").edits
+    found = sampled("--logit-bias", "5:2", "--logit-bias", "7:-3", "--min-tokens", "2")
 
-    assert {(int(e["token_id"]), float(e["bias"])) for e in found} == {(5, 2), (7, -3), (EOS, 0)}
+    first, count = found.rows[0][["first_edit", "num_edits"]]
+    edits = found.edits[first : first + count]
+    assert {(int(e["token_id"]), float(e["bias"])) for e in edits} == {(5, 2), (7, -3), (EOS, 0)}
 
 
 def test_greedy_is_the_default_and_tells_no_seed(capsys):

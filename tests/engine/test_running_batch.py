@@ -11,6 +11,7 @@ from engine.running_batch import RunningBatch
 from engine.sequence import Sequence
 
 B = 4
+VOCAB = 100
 
 
 @st.composite
@@ -26,7 +27,7 @@ def rows(draw: st.DrawFn) -> list[tuple[list[int], int, int]]:
 
 def filled(drawn: list[tuple[list[int], int, int]], removed: list[int]) -> RunningBatch:
     """A running batch of these rows, after others were there and left again."""
-    running = RunningBatch(16, 4 * B, B)
+    running = RunningBatch(16, 4 * B, B, VOCAB)
     blocks = iter(np.random.default_rng(0).permutation(100).tolist())
     others = []
     for i, (tokens, computed, _) in enumerate(drawn):
@@ -70,7 +71,7 @@ def test_any_step_is_laid_out_as_from_scratch(drawn, removed):
 @pytest.mark.parametrize(("num_tokens", "width"), [(4, 1), (5, 2), (12, 4), (16, 4), (17, 5)])
 def test_tables_are_as_wide_as_the_longest_needs(monkeypatch, num_tokens: int, width: int):
     monkeypatch.setattr(engine.running_batch, "FIRST_WIDTH", 1)
-    running = RunningBatch(4, 5 * B, B)  # 5 blocks at most
+    running = RunningBatch(4, 5 * B, B, VOCAB)  # 5 blocks at most
     items = []
     for length in (2, num_tokens):
         items.append(Sequence(str(length), list(range(length)), 5 * B))
@@ -91,7 +92,7 @@ def test_tables_are_as_wide_as_the_longest_needs(monkeypatch, num_tokens: int, w
 
 def test_tables_stay_as_wide_as_those_who_stay_need(monkeypatch):
     monkeypatch.setattr(engine.running_batch, "FIRST_WIDTH", 1)
-    running = RunningBatch(4, 5 * B, B)
+    running = RunningBatch(4, 5 * B, B, VOCAB)
     for i, blocks in enumerate([[1], [2, 3], [4, 5, 6]]):
         item = Sequence(f"r{i}", [i] * (len(blocks) * B), 5 * B, block_table=blocks)
         running.add(item, 0)
@@ -104,7 +105,7 @@ def test_tables_stay_as_wide_as_those_who_stay_need(monkeypatch):
 
 def decoding(count: int) -> RunningBatch:
     """Rows that decode: of 1, 2, .. tokens."""
-    running = RunningBatch(8, 4 * B, B)
+    running = RunningBatch(8, 4 * B, B, VOCAB)
     for i in range(count):
         running.add(Sequence(f"r{i}", [i] * (i + 1), 4 * B, is_sampled=True), i)
         running.sequences[i].block_table = [i]
@@ -155,7 +156,7 @@ def test_the_logits_of_some_rows_and_of_every_token_of_others():
 
 
 def test_a_sequence_that_leaves_takes_its_tokens_along_and_is_not_counted():
-    running = RunningBatch(4, 16, B)
+    running = RunningBatch(4, 16, B, VOCAB)
     first, second = (Sequence(f"r{i}", [i, i], 8, is_watched=True) for i in range(2))
     for item in (first, second):
         item.block_table = [item.token_ids[0]]

@@ -14,11 +14,13 @@ from engine.sampling import (
     EDIT_BANNED,
     EDIT_SEEN,
     NO_LOGPROBS,
+    ROW,
     IgnoredRow,
     Logprobs,
     PromptToken,
     SequenceSampler,
     build_sampling,
+    spread,
 )
 from engine.sampling_params import SamplingParams
 
@@ -119,6 +121,34 @@ def test_rows_are_stacked_in_order_with_their_edits():
     assert batch.rows["num_logprobs"].tolist() == [NO_LOGPROBS] * 3 + [2]
     assert batch.rows["scored_id"].tolist() == [DRAWN] * 3 + [17]
     assert batch.max_logprobs == 2
+
+
+def test_sampled_rows_lie_between_scored_and_ignored_ones():
+    biased = SequenceSampler(SamplingParams(logit_bias={4: 1.5}), [1], seed=5)
+    drawn = SequenceSampler(SamplingParams(), [1, 2], seed=6)
+    scored = PromptToken(token_id=17, num_logprobs=2)
+
+    found = spread(build_sampling([biased, drawn]), np.array([1, 4]), 5, {2: scored})
+
+    rows = [IgnoredRow(), biased, scored, IgnoredRow(), drawn]
+    expected = build_sampling(rows)
+    assert found is not None and expected is not None
+    for name in ROW.names:
+        if name != "first_edit":
+            assert found.rows[name].tolist() == expected.rows[name].tolist(), name
+    assert found.rows["first_edit"][1] == 0 and found.edits.tobytes() == expected.edits.tobytes()
+    assert found.max_logprobs == 2
+
+
+@pytest.mark.parametrize("scored", [{}, {0: PromptToken(3, 0)}])
+def test_greedy_rows_need_arrays_only_beside_scored_ones(scored: dict):
+    found = spread(None, np.array([1]), 2, scored)
+
+    if scored:
+        assert found is not None and found.rows["num_logprobs"].tolist() == [0, NO_LOGPROBS]
+        assert found.rows["temperature"].tolist() == [0, 0] and found.max_logprobs == 0
+    else:
+        assert found is None
 
 
 def test_many_edits_survive_the_growth_of_their_array():

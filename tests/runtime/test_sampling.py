@@ -1,6 +1,6 @@
 """Sampling through the engine: the door, and each parameter's effect on a real model's tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -228,6 +228,11 @@ def edit(**fields: object) -> np.ndarray:
     return result
 
 
+def with_first_edits(rows: np.ndarray, first: Sequence[int]) -> np.ndarray:
+    rows["first_edit"] = first
+    return rows
+
+
 # A row's field, an illegal value, and the end of the message.
 BAD_ROWS = [
     ("temperature", -1, "-1, must be 1e-05 .. 100"),
@@ -252,6 +257,8 @@ BAD_ROWS = [
     ("scored_id", 320, "320, must be -1 .. 319"),
     ("num_edits", -1, "-1, must be 0 .. 320"),
     ("num_edits", 321, "321, must be 0 .. 320"),
+    ("first_edit", -1, "-1, must be 0 .. 0"),
+    ("first_edit", 1, "1, must be 0 .. 0"),
 ]
 BAD_EDITS = [
     ("token_id", -1, r"edits\[1\].token_id is -1, must be 0 .. 319"),
@@ -306,20 +313,65 @@ class TestTheDoor:
         for _ in range(2):  # the scratch is clean again
             runner.forward(prefill(2), sampling=page.sampling(rows, edits))
 
+    @pytest.mark.parametrize("again", [0, 1])
+    def test_more_rows_with_edits_than_the_scratch_has_marks(
+        self, make_runner: Callable[..., ModelRunner], again: int
+    ):
+        # Row 255 has the mark of row 0; what that one marked must be forgotten, and only that.
+        rows, edits = page.rows(300, num_edits=1), np.zeros(301, EDIT)
+        edits["token_id"] = 4
+        edits["token_id"][[0, 255]] = 7
+        edits["token_id"][256] = 7 if again else 4
+        rows["num_edits"][255] = 2
+        batch = build_batch([SequenceSlice([1] * 300, 0, list(range(19)))], 16, "all")
+        runner = make_runner(num_blocks=19, max_seq_len=300, max_num_tokens=300)
+        sampling = page.sampling(with_first_edits(rows, range(300)), edits)
+
+        if again:
+            with pytest.raises(InvalidArgument, match=r"edits\[256\].token_id is 7, which its row"):
+                runner.forward(batch, sampling=sampling)
+        else:
+            runner.forward(batch, sampling=sampling)
+
+    def test_edits_of_rows_lie_anywhere(self, runner: ModelRunner):
+        edits = np.zeros(9, EDIT)
+        edits["token_id"], edits["bias"] = [9, 5, 9, 9, 9, 9, 7, 3, 9], 100
+        edits["bias"][[0, 2, 3, 4, 5, 8]] = np.nan  # nobody's: neither checked nor used
+        rows = page.rows(2, temperature=0, num_edits=[2, 1])
+
+        output = runner.forward(
+            prefill(2), sampling=page.sampling(with_first_edits(rows, [6, 1]), edits)
+        )
+
+        edits["bias"][7] = 99
+        logits = output.logits + 0
+        logits[0, [7, 3]] += 100
+        logits[1, 5] += 100
+        assert output.next_ids.tolist() == logits.argmax(-1).tolist()
+
+    def test_rows_may_share_edits(self, runner: ModelRunner):
+        rows = page.rows(2, temperature=0, num_edits=[2, 1])
+
+        output = runner.forward(
+            prefill(2), sampling=page.sampling(with_first_edits(rows, [0, 1]), edit(bias=100.0))
+        )
+
+        assert output.next_ids.tolist() == [5, 5]
+
     def test_a_refused_edit_leaves_the_scratch_clean(self, runner: ModelRunner):
         rows = page.rows(2, num_edits=[2, 0])
         assert_refused(runner, page.sampling(rows, edit(count=-1)), "count is -1")
 
         runner.forward(prefill(2), sampling=page.sampling(rows, edit()))
 
-    @pytest.mark.parametrize("num_edits", [[0, 0], [1, 0], [2, 1]])
-    def test_edits_that_are_not_the_rows(self, runner: ModelRunner, num_edits: list[int]):
-        rows = page.rows(2, num_edits=num_edits)
+    @pytest.mark.parametrize(("first", "count"), [(2, 1), (1, 2), (0, 3)])
+    def test_edits_that_are_not_there(self, runner: ModelRunner, first: int, count: int):
+        rows = with_first_edits(page.rows(2, num_edits=[1, count]), [1, first])
 
         assert_refused(
             runner,
             page.sampling(rows, edit()),
-            f"num_edits is 2, but its rows have {sum(num_edits)}",
+            rf"rows\[1\] has {count} edits from {first} on, but sampling.num_edits is 2",
         )
 
     def test_outputs_that_are_missing(self, runner: ModelRunner):

@@ -42,6 +42,11 @@ def rows(count: int, **fields: object) -> np.ndarray:
 def sampling(
     sampling_rows: np.ndarray, edits: np.ndarray | None = None, max_logprobs: int | None = None
 ) -> SamplingBatch:
+    """The arrays of a step; edits lie row after row where no row says where its own begin."""
+    if not sampling_rows["first_edit"].any():
+        counts = sampling_rows["num_edits"]
+        sampling_rows = sampling_rows.copy()
+        sampling_rows["first_edit"] = np.cumsum(counts) - counts
     return SamplingBatch(sampling_rows, np.zeros(0, EDIT) if edits is None else edits, max_logprobs)
 
 

@@ -25,6 +25,7 @@ POLICY_PATH = Path(__file__).resolve().parent / "policy.toml"
 # The quickest first: most faults are found in seconds. Without the toy: they need no library.
 TESTS = (
     "tests/engine/test_block_manager.py",
+    "tests/engine/test_edit_table.py",
     "tests/engine/test_running_batch.py",
     "tests/engine/test_scheduler.py",
     "tests/engine/test_answer_text.py",

@@ -149,6 +149,7 @@ def sampling_of(choices: Sequence[dict[str, float]], is_scored: bool = True) -> 
     for row, choice in zip(rows, choices, strict=True):
         for name, value in choice.items():
             row[name] = value
+    rows["first_edit"] = 2 * np.arange(count)
     edits["token_id"], edits["count"] = np.resize((0, 32), 2 * count), 3
     edits["flags"] = np.resize((1, 3), 2 * count)
     return SamplingBatch(rows, edits, 5 if is_scored else None)

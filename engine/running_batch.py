@@ -150,8 +150,9 @@ class RunningBatch:
             num_new: tokens per row of the step that is being computed, int32 [num_seqs].
             grown: rows that were given a block for it.
         """
-        count = self.num_seqs
-        if self.is_ahead:  # and so the next slot is beside the last, or begins a block
+        count, is_next = self.num_seqs, self.is_ahead
+        self._ahead_of = None  # until all are there, whatever interrupts this
+        if is_next:  # the next slot is beside the last, or begins a block
             self.next_slots[:count] += 1
             for row in grown:
                 self.next_slots[row] = self.sequences[row].block_table[-1] * self.block_size

@@ -125,6 +125,19 @@ def test_the_batch_of_rows_that_decode_on_is_the_one_of_the_step_before():
     assert batch.seq_lens.tolist() == [2, 3, 4]
 
 
+def test_slots_whose_making_was_interrupted_are_not_believed():
+    running = decoding(3)
+    ones, rows = np.ones(3, np.int32), np.arange(3)
+    running.lay_ahead(ones, [])
+    running.advance(ones, rows, np.zeros(3, np.int32))
+    assert running.is_ahead
+
+    with pytest.raises(IndexError):
+        running.lay_ahead(ones, [99])
+
+    assert not running.is_ahead
+
+
 def test_a_row_that_comes_goes_or_needs_a_wider_table_makes_another_batch(monkeypatch):
     monkeypatch.setattr(engine.running_batch, "FIRST_WIDTH", 1)
     running = decoding(3)

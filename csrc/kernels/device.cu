@@ -13,13 +13,22 @@ extern "C" {
 constexpr int kComputeCapabilityMajor = 9;
 constexpr int kComputeCapabilityMinor = 0;
 
+// Why there is no device. To the runtime a driver that is too old and none at all are one error; none has
+// version 0.
+static const char *absence(cudaError_t error) {
+    int version = 0;
+    if (error == cudaSuccess) return "the driver reports none";
+    if (error != cudaErrorInsufficientDriver || cudaDriverGetVersion(&version) != cudaSuccess || version > 0)
+        return cudaGetErrorString(error);
+    return "no NVIDIA driver was found";
+}
+
 static Status check_device(void) {
     int num_devices = 0;
     cudaError_t error = cudaGetDeviceCount(&num_devices);
     if (error != cudaSuccess || num_devices == 0) {
         (void)cudaGetLastError();  // not the fault of the next call
-        return fail(STATUS_UNAVAILABLE, "no CUDA device: %s",
-                    error != cudaSuccess ? cudaGetErrorString(error) : "the driver reports none");
+        return fail(STATUS_UNAVAILABLE, "no CUDA device: %s", absence(error));
     }
     int device = 0;
     cudaDeviceProp properties;

@@ -29,7 +29,7 @@ from tests.twin import sampling_contract as page
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTS = Path(__file__).parent / "faults"
-OUT_OF_MEMORY, NO_DEVICE, LAUNCH_FAILED = 2, 100, 719  # cudaError_t
+OUT_OF_MEMORY, OLD_DRIVER, NO_DEVICE, LAUNCH_FAILED = 2, 35, 100, 719  # cudaError_t
 ROOM = EngineConfig(
     "cuda",
     num_blocks=8,
@@ -50,7 +50,7 @@ class Faulty:
         self._ffi.cdef(
             "void cuda_faults_arm(long n, int code, int sticky); long cuda_faults_calls(void);"
             "long cuda_faults_live(void); const char *cuda_faults_failed(void);"
-            "void cuda_faults_fill(int value);"
+            "void cuda_faults_fill(int value); void cuda_faults_driver(int version);"
             "void faults_fail_allocation(long n); long faults_live(void);"
         )
         self._lib = self._ffi.dlopen(str(path))
@@ -63,6 +63,10 @@ class Faulty:
     def fill(self, value: int) -> None:
         """What every byte of new device memory holds; the default is 0."""
         self._lib.cuda_faults_fill(value)
+
+    def driver(self, version: int) -> None:
+        """The driver's; 0: there is none. The default is one that is new enough."""
+        self._lib.cuda_faults_driver(version)
 
     @property
     def calls(self) -> int:
@@ -269,6 +273,24 @@ def test_memory_that_is_refused_is_told_with_what_was_asked_and_what_was_free(fa
     with pytest.raises(OutOfMemory, match=r"\d+ bytes of device memory asked, \d+ of \d+ free"):
         faulty.arm(5, OUT_OF_MEMORY)
         Engine(faulty.library, config, ROOM)
+
+
+@pytest.mark.parametrize(
+    ("version", "sticky", "message"),
+    [
+        (0, False, "no CUDA device: no NVIDIA driver was found"),
+        (11040, False, "no CUDA device: made to fail"),  # there is one, too old
+        (0, True, "no CUDA device: made to fail"),  # nor is its version told
+    ],
+)
+def test_no_driver_is_not_called_an_old_one(faulty, config, version: int, sticky: bool, message):
+    faulty.driver(version)
+    faulty.arm(1, OLD_DRIVER, sticky)
+    try:
+        with pytest.raises(DeviceUnavailable, match=message):
+            Engine(faulty.library, config, ROOM)
+    finally:
+        faulty.driver(13000)
 
 
 @pytest.mark.parametrize("filling", [0, 0x5A])

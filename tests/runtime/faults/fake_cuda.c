@@ -19,6 +19,7 @@ static cudaError_t last_error;
 static long live;  // device allocations, streams and graphs given out and not yet back
 static const char *failed_call = "";
 static int filling;  // every byte of new memory
+static int driver_version = 13000;
 
 EXPORT void cuda_faults_arm(long n, int code, int sticky) {
     calls = 0;
@@ -30,6 +31,9 @@ EXPORT void cuda_faults_arm(long n, int code, int sticky) {
 }
 EXPORT void cuda_faults_fill(int value) {
     filling = value;
+}
+EXPORT void cuda_faults_driver(int version) {
+    driver_version = version;
 }
 EXPORT long cuda_faults_calls(void) {
     return calls;
@@ -69,6 +73,11 @@ const char *cudaGetErrorString(cudaError_t error) {
 cudaError_t cudaGetDeviceCount(int *count) {
     MAY_FAIL();
     *count = 1;
+    return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int *version) {
+    MAY_FAIL();
+    *version = driver_version;
     return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int *device) {

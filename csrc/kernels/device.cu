@@ -18,7 +18,8 @@ constexpr int kComputeCapabilityMinor = 0;
 static const char *absence(cudaError_t error) {
     int version = 0;
     if (error == cudaSuccess) return "the driver reports none";
-    if (error != cudaErrorInsufficientDriver || cudaDriverGetVersion(&version) != cudaSuccess || version > 0)
+    if (error != cudaErrorInsufficientDriver || cudaDriverGetVersion(&version) != cudaSuccess ||
+        version > 0)
         return cudaGetErrorString(error);
     return "no NVIDIA driver was found";
 }

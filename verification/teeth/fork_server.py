@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 import traceback
+from pathlib import Path
 
 GRACE_SECONDS = 2  # between the processor limit's polite signal and its end
 # Without any use of a processor: waits for ever. No wall clock: on a busy machine it would kill the
@@ -200,6 +201,10 @@ def _tests(request: dict, tests: list[str], marks: str) -> dict:
     import pytest
 
     is_gpu = marks.startswith("gpu")
+    if is_gpu:
+        from verification.teeth.remembered import Memory, remember_the_twin
+
+        remember_the_twin(Memory(Path(request["pristine"]) / "build" / "twin_answers"))
     phases = _Phases(request["phase"])
 
     class Recorder:

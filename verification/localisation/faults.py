@@ -85,8 +85,8 @@ def wrong_row(clean: Tensor, place: Place) -> Tensor:
 
 def swapped_heads(clean: Tensor, place: Place) -> Tensor:
     """The first and the last head, or as many channels, exchanged in every row."""
-    damaged = clean.clone()
-    damaged[:, :BLOCK], damaged[:, -BLOCK:] = clean[:, -BLOCK:], clean[:, :BLOCK]
+    damaged, block = clean.clone(), min(BLOCK, clean.shape[1] // 2)  # one head: its halves
+    damaged[:, :block], damaged[:, -block:] = clean[:, -block:], clean[:, :block]
     return damaged
 
 

@@ -4,6 +4,7 @@ Knows verify.json and two widths; knows nothing of models or tolerances, and dec
 Invariant: everything said in colour is also said in words, so a log without colour loses nothing.
 """
 
+import math
 import textwrap
 import time
 from collections.abc import Callable, Iterable
@@ -183,7 +184,7 @@ def _wholes(results: dict, width: int) -> list[Text]:
     rows: list[tuple[str, str, str]] = []  # name, text, status
     growth = results["residual_growth"]
     steps = [
-        (ours / theirs, layer)
+        (math.inf if ours is None else ours / theirs, layer)  # JSON has no NaN
         for layer, ours, theirs in zip(
             growth["layers"], growth["engine"], growth["yardstick"], strict=True
         )

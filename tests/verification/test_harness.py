@@ -1,13 +1,16 @@
+import io
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from engine.config import ModelConfig
 from engine.models import resolve
 from tests.verification.fake_engine import TILE, FakeEngine
 from tests.verification.faulty_engines import FAULTS, NoResidual
+from verification.__main__ import json_text
 from verification.harness import (
     EngineUnderTest,
     Options,
@@ -17,6 +20,8 @@ from verification.harness import (
     verify_engine,
 )
 from verification.oracle import Reference
+from verification.report_html import render
+from verification.report_terminal import print_report
 from verification.results import Results
 from verification.selection import Selection
 
@@ -84,6 +89,28 @@ def test_a_planted_fault_fails_is_named_first_and_explained(
         assert failure.diagnosis is None
     else:
         assert failure.diagnosis is not None and told in failure.diagnosis
+
+
+@pytest.mark.parametrize("operation", ["embedding", "rms_norm", "linear", "attention"])
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+def test_an_engine_that_gives_no_numbers_has_its_reports(subject, operation: str, value: float):
+    class NotFinite(FakeEngine):
+        pass
+
+    def wrong(self: FakeEngine, *arguments: object) -> torch.Tensor:
+        out = getattr(FakeEngine, operation)(self, *arguments).clone()
+        out[-1:] = value
+        return out
+
+    setattr(NotFinite, operation, wrong)
+    results = verified(subject, NotFinite).to_json()
+    results["gpu_record"] = results["goldens"]
+
+    assert results["verdict"] == "fail"
+    assert results["first_failure"]["operator"] == operation
+    for width in (80, 100):
+        print_report(results, Console(file=io.StringIO(), width=width))
+    assert render(results) and json_text(results)
 
 
 def test_tokens_alone_are_a_verdict(subject):

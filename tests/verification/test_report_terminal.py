@@ -33,6 +33,14 @@ def test_a_passing_run_ends_in_pass_with_its_counts_and_seconds():
     assert "first failure" not in text
 
 
+@pytest.mark.parametrize("width", [100, 80])
+def test_a_residual_stream_of_nan_is_infinitely_far(width: int):
+    run = samples.failing_run()
+    run["residual_growth"]["engine"][4] = None  # as JSON has it
+
+    assert "error at most inf × yardstick, layer 4" in printed(run, width=width)
+
+
 def test_a_failing_run_names_operator_place_and_the_command_to_run_it_again():
     text = printed(samples.failing_run())
 

@@ -77,7 +77,7 @@ class BlockManager:
         """Blocks that hold so many tokens."""
         return -(-num_tokens // self.block_size)
 
-    def allocate(self, token_ids: Sequence[int], use_cache: bool = True) -> Allocation | None:
+    def allocate(self, token_ids: Items, use_cache: bool = True) -> Allocation | None:
         """Blocks for all these tokens, the longest cached prefix among them.
 
         The last token is never taken from the cache: its logits are yet to be computed.
@@ -173,7 +173,7 @@ class BlockManager:
             if parent in place:
                 assert block in place and place[block] < place[parent], f"{parent} goes too early"
 
-    def _match(self, token_ids: Sequence[int]) -> list[int]:
+    def _match(self, token_ids: Items) -> list[int]:
         """The cached blocks of the longest prefix that leaves at least one token."""
         hits: list[int] = []
         parent = NO_PREFIX

@@ -44,6 +44,8 @@ class EditTable:
 
     def move(self, row: int, new_row: int) -> None:
         """Give a row's edits to one that has none."""
+        if not (self._count[row] or self._is_counting[row]):
+            return
         if row in self._bans:
             self._bans[new_row] = self._bans[row]
         self._set(new_row, self._edits_of(row), bool(self._is_counting[row]))
@@ -51,6 +53,8 @@ class EditTable:
 
     def remove(self, row: int) -> None:
         """Forget a row's edits."""
+        if not (self._count[row] or self._is_counting[row]):
+            return
         if self._is_counting[row]:
             self._places[self._places_of(row)] = 0
             self._is_counting[row] = False

@@ -63,12 +63,21 @@ class RunningBatch:
         """Rows in use."""
         return len(self.sequences)
 
-    def add(self, sequence: Sequence, num_computed: int) -> None:
-        """Give a sequence the next row; its block table covers all its tokens."""
+    def add(
+        self, sequence: Sequence, num_computed: int, token_ids: np.ndarray | None = None
+    ) -> None:
+        """Give a sequence the next row; its block table covers all its tokens.
+
+        Args:
+            sequence: waits no more.
+            num_computed: of its tokens, in the cache already.
+            token_ids: its tokens as an array, where one is at hand.
+        """
         row = sequence.row = self.num_seqs
         self.sequences.append(sequence)
         self._forget_views()
-        self.token_ids[row, : len(sequence.token_ids)] = sequence.token_ids
+        ids = sequence.token_ids if token_ids is None else token_ids
+        self.token_ids[row, : len(ids)] = ids
         self.num_tokens[row] = len(sequence.token_ids)
         self.num_computed[row] = num_computed
         self.fills_at[row] = num_computed - num_computed % self.block_size + self.block_size
@@ -116,9 +125,9 @@ class RunningBatch:
         sequence.row = None
         width = self.block_tables.shape[1]
         if width > FIRST_WIDTH and 2 * len(sequence.block_table) > width:  # it may have been alone
-            longest = max((len(other.block_table) for other in self.sequences), default=1)
-            if 2 * longest <= width:
-                self._widen(longest)
+            most_slots = int(self.num_slots[: self.num_seqs].max(initial=1))
+            if 2 * most_slots <= width * self.block_size:
+                self._widen(most_slots >> self._block_shift)
 
     def tokens(self, sequence: Sequence) -> list[int]:
         """All tokens of a running sequence."""

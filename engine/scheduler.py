@@ -281,7 +281,8 @@ class Scheduler:
             allocation = None
             attempt = (head, self.blocks.num_free, self.blocks.num_cached)
             if running.num_seqs < self.config.max_num_seqs and attempt != self._refused:
-                allocation = self.blocks.allocate(head.token_ids, not head.wants_prompt_logits)
+                ids = np.array(head.token_ids, np.int32)
+                allocation = self.blocks.allocate(ids, not head.wants_prompt_logits)
                 self._refused = None if allocation is not None else attempt
             if allocation is None:
                 victim = self._overtaken_by(head)
@@ -293,7 +294,7 @@ class Scheduler:
             head.block_table = allocation.block_table
             if head.num_preemptions == 0:
                 head.num_cached_tokens = allocation.num_cached_tokens
-            running.add(head, allocation.num_cached_tokens)
+            running.add(head, allocation.num_cached_tokens, ids)
 
     def _overtaken_by(self, head: Sequence) -> Sequence | None:
         """The last running sequence, if it is behind the head and of lower priority."""

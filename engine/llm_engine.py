@@ -8,7 +8,7 @@ refused request changes nothing, so none can harm another. One thread at a time.
 import contextlib
 import secrets
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -116,29 +116,15 @@ class LLMEngine:
         if params.stop and self.tokenizer is None:
             raise InvalidArgument("stop must be empty: this model has no tokenizer")
         seed = secrets.randbits(64) if params.seed is None else params.seed
-        sequences = []
-        for index in range(params.n):
-            sampler = SequenceSampler(
-                params, prompt_ids, seed, index, self.model_config.eos_token_ids
-            )
-            sequences.append(
-                Sequence(
-                    request_id,
-                    list(prompt_ids),
-                    max_num_tokens,
-                    index=index,
-                    arrival=self._num_arrived,
-                    priority=priority,
-                    min_num_tokens=len(prompt_ids) + params.min_tokens,
-                    ignore_eos=params.ignore_eos,
-                    stop_token_ids=frozenset(params.stop_token_ids),
-                    wants_prompt_logits=index == 0 and params.prompt_logprobs is not None,
-                    is_watched=stream or _looks_at_tokens(params),
-                    is_sampled=_is_sampled(params),
-                    is_edited=_is_edited(params),
-                    sampler=sampler,
-                )
-            )
+        sequences = self._sequences(
+            params,
+            prompt_ids,
+            seed,
+            request_id=request_id,
+            max_num_tokens=max_num_tokens,
+            priority=priority,
+            is_watched=stream or _looks_at_tokens(params),
+        )
         leader = sequences[0]
         leader.followers = sequences[1:]
         self.scheduler.add(leader)
@@ -146,6 +132,28 @@ class LLMEngine:
         self._requests[request_id] = Request(
             request_id, text, params, seed, sequences, self.tokenizer, stream
         )
+
+    def _sequences(
+        self, params: SamplingParams, prompt_ids: list[int], seed: int, **shared: Any
+    ) -> list[Sequence]:
+        """One for each answer to a request; `shared` are further fields, of all of them."""
+        eos_token_ids = self.model_config.eos_token_ids
+        return [
+            Sequence(
+                token_ids=list(prompt_ids),
+                index=index,
+                arrival=self._num_arrived,
+                min_num_tokens=len(prompt_ids) + params.min_tokens,
+                ignore_eos=params.ignore_eos,
+                stop_token_ids=frozenset(params.stop_token_ids),
+                wants_prompt_logits=index == 0 and params.prompt_logprobs is not None,
+                is_sampled=_is_sampled(params),
+                is_edited=_is_edited(params),
+                sampler=SequenceSampler(params, prompt_ids, seed, index, eos_token_ids),
+                **shared,
+            )
+            for index in range(params.n)
+        ]
 
     def abort(self, request_ids: str | Iterable[str]) -> list[RequestOutput]:
         """End requests now, wherever they are; names that are not there are no error.

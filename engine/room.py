@@ -5,7 +5,7 @@ from the device: a GPU's cache takes a share of the memory that the model leaves
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.config import EngineConfig, ModelConfig
 from engine.config_fields import is_int
@@ -110,9 +110,24 @@ def make_room(
         block_size=room.block_size,
         enforce_eager=room.enforce_eager,
     )
+    num_blocks = _num_blocks(room, config, smallest, free_bytes)
+    if room.max_model_len is not None:
+        return replace(smallest, num_blocks=num_blocks)
+    # Without a wish, no sequence is longer than the cache: its last token needs no slot.
+    longest = min(context, num_blocks * room.block_size + 1)
+    return replace(smallest, num_blocks=num_blocks, max_seq_len=longest)
+
+
+def _num_blocks(
+    room: Room,
+    config: ModelConfig,
+    smallest: EngineConfig,
+    free_bytes: Callable[[EngineConfig], int],
+) -> int:
+    """Blocks of the cache, as many as its bytes hold; `smallest` is the room with one."""
     if room.kv_cache_memory_bytes is not None:
         cache_bytes = room.kv_cache_memory_bytes
-    elif is_gpu:
+    elif smallest.device == "cuda":
         cache_bytes = int(free_bytes(smallest) * room.gpu_memory_utilization)
     else:
         cache_bytes = CPU_CACHE_BYTES
@@ -120,18 +135,7 @@ def make_room(
     num_blocks = min(cache_bytes // one, MAX_SLOTS // room.block_size)
     if num_blocks < 1:
         raise OutOfMemory(f"kv cache: one block needs {one} bytes, got {cache_bytes}")
-    # Without a wish, no sequence is longer than the cache: its last token needs no slot.
-    longest = _or(room.max_model_len, min(context, num_blocks * room.block_size + 1))
-    return EngineConfig(
-        device=device,
-        num_blocks=num_blocks,
-        max_seq_len=longest,
-        max_num_tokens=budget,
-        max_num_seqs=max_num_seqs,
-        num_threads=room.num_threads,
-        block_size=room.block_size,
-        enforce_eager=room.enforce_eager,
-    )
+    return num_blocks
 
 
 def _or(wish: int | None, otherwise: int) -> int:

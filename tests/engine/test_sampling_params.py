@@ -235,6 +235,39 @@ def test_top_k_may_exceed_the_vocabulary():
     SamplingParams(top_k=2**24).check_vocabulary(320)
 
 
+HOSTILE = [
+    math.nan, math.inf, -math.inf, -1, 10**60, -(10**60), 1e308, 2**63, 2**64, "x", "", b"x",
+    True, None, [], {}, object(), 1j, [math.nan], {1: math.nan}, {"x": 1}, (None,), type,
+]  # fmt: skip
+TAKEN = {  # of these, what a field may be
+    "presence_penalty": [-1],
+    "frequency_penalty": [-1],
+    "seed": [2**63, None],
+    "logit_bias": [{}, None],
+    "logprobs": [None],
+    "prompt_logprobs": [None],
+    "max_tokens": [None],
+    "stop": ["x", [], None],
+    "stop_token_ids": [[], None],
+    "ignore_eos": [True],
+    "include_stop_str_in_output": [True],
+}
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_no_hostile_value_gets_past_a_field(name: str):
+    taken = []
+    for value in HOSTILE:
+        try:
+            SamplingParams(**{name: value})
+        except InvalidArgument as error:
+            assert str(error).startswith(name), (value, error)
+        else:
+            taken.append(value)
+
+    assert sorted(map(repr, taken)) == sorted(map(repr, TAKEN.get(name, [])))
+
+
 @given(
     st.dictionaries(
         st.sampled_from(sorted(REFUSED)),

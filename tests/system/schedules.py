@@ -84,11 +84,13 @@ def params() -> st.SearchStrategy[dict[str, Any]]:
     }
     more = {
         "n": st.integers(1, 3),
-        "min_tokens": st.integers(0, 1),
+        "min_tokens": st.integers(0, 4),
         "top_k": st.sampled_from([0, 3]),
         "top_p": st.sampled_from([1.0, 0.6]),
+        "min_p": st.sampled_from([0.0, 0.1]),
         "repetition_penalty": st.sampled_from([1.0, 1.3]),
         "frequency_penalty": st.sampled_from([0.0, 0.5]),
+        "presence_penalty": st.sampled_from([0.0, -0.5]),
         "logit_bias": st.just({5: 2.0, 7: -3.0}),
         "logprobs": st.integers(0, 3),
         "prompt_logprobs": st.integers(0, 2),
@@ -97,7 +99,10 @@ def params() -> st.SearchStrategy[dict[str, Any]]:
         always | {"temperature": st.just(0.0)},
         optional=ends | {k: v for k, v in more.items() if k != "n"},
     )
-    return st.one_of(greedy, st.fixed_dictionaries(always | ways, optional=ends | more))
+    drawn = st.fixed_dictionaries(always | ways, optional=ends | more)
+    return st.one_of(greedy, drawn).map(
+        lambda p: p | {"min_tokens": min(p.get("min_tokens", 0), p["max_tokens"])}
+    )
 
 
 @st.composite

@@ -3,8 +3,8 @@
 Where the run timed a base (another build of the engine, by turns with this one) the two are
 compared inside the run; else, or where --against names one, with the stored medians. Noise is what
 the run and the stored one measured of themselves: the same engine twice. `python -m
-tests.benchmarks.compare`, make bench-compare. Exit status: 0 no regression, 1 one, or nothing to
-compare.
+tests.benchmarks.compare`, make bench-compare. Exit status: 0 no regression, 1 one, or a point
+that cannot be compared.
 """
 
 import argparse
@@ -80,6 +80,12 @@ def differences(run: dict, stored: dict | None) -> list[Difference]:
     return found
 
 
+def not_timed(run: dict, stored: dict | None) -> list[str]:
+    """Stored points that the run has not."""
+    timed = {point["name"] for point in run["points"]}
+    return [p["name"] for p in (stored or {"points": []})["points"] if p["name"] not in timed]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; see the module."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.compare", description=__doc__)
@@ -93,9 +99,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}")
         return 1
-    found = differences(run, stored)
+    found, missing = differences(run, stored), not_timed(run, stored)
     print("\n".join(map(str, found)) or "error: the runs have no point in common")
-    return 1 if not found or any(each.is_regression for each in found) else 0
+    for name in missing:
+        print(f"error: {name} is stored, and was not timed again")
+    if has_failed := run.get("status") == "fail":
+        print("error: the run failed: a point is missing, or what was timed is wrong")
+    is_worse = any(each.is_regression for each in found)
+    return 1 if not found or missing or has_failed or is_worse else 0
 
 
 if __name__ == "__main__":

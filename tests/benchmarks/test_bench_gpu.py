@@ -168,7 +168,8 @@ def _prepare(
             other.run()  # the first one compiles
             ready[other] = gpu.clock() - began
         except Exception as error:  # a peer's failure is no failure of the engine; it is told
-            missing[other.name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            words = [type(error).__name__, *str(error).splitlines()[:1]]
+            missing[other.name] = ": ".join(words)[:200]
     return ready, missing
 
 

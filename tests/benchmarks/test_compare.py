@@ -71,6 +71,19 @@ def test_a_stored_run_that_is_named_counts_beside_a_base(command, capsys):
     assert "SLOWER, stored run" in capsys.readouterr().out
 
 
+def test_a_point_that_was_not_timed_again_is_no_pass(command, capsys):
+    stored = run()
+    stored["points"].append({**stored["points"][0], "name": "decode B=8, 512"})
+
+    assert command(run(0.5), stored) == 1
+    assert "decode B=8, 512" in capsys.readouterr().out
+
+
+def test_a_run_that_failed_is_no_pass(command, capsys):
+    assert command({**run(0.5), "status": "fail"}, run()) == 1
+    assert "the run failed" in capsys.readouterr().out
+
+
 def test_nothing_to_compare_is_no_pass(command, capsys):
     other = run()
     other["points"][0]["name"] = "another"

@@ -122,3 +122,17 @@ def test_a_peer_that_fails_is_told_and_the_others_are_ready(monkeypatch):
     assert [peer.name for peer in ready] == ["one"] and all(s >= 0 for s in ready.values())
     assert missing["two"] == "RuntimeError: no room"
     assert missing["with torch.compile"].startswith("compiled for decode B=1, 128, ")
+
+
+def test_a_peer_that_fails_without_a_word_is_told_and_stops_nobody(monkeypatch):
+    class Silent:
+        name = "silent"
+
+        def prepare(self, point: Point, prompts: np.ndarray) -> None:
+            raise AssertionError
+
+    monkeypatch.setattr(test_bench_gpu.gpu, "clock", time.perf_counter)
+
+    ready, missing = test_bench_gpu._prepare([Silent()], POINTS[0], np.zeros((1, 1), np.int32))
+
+    assert (ready, missing) == ({}, {"silent": "AssertionError"})

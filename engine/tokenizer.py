@@ -181,6 +181,10 @@ class Tokenizer:
         if not messages:
             raise InvalidArgument("messages must hold at least one message, got none")
         for index, message in enumerate(messages):
+            if not isinstance(message, Mapping):
+                raise InvalidArgument(
+                    f"messages[{index}] must be a mapping with role and content, got {message!r}"
+                )
             if message.get("role") not in ROLES:
                 raise InvalidArgument(
                     f"messages[{index}].role must be one of {ROLES}, got {message.get('role')!r}"

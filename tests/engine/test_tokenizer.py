@@ -150,6 +150,8 @@ def test_an_honest_message_has_the_ids_of_transformers(tmp_path: Path, content):
         ([{"role": "tool", "content": "x"}], "messages\\[0\\].role must be one of .* got 'tool'"),
         ([{"role": "<|reserved_1|>", "content": "x"}], "messages\\[0\\].role"),
         ([{"content": "x"}], "messages\\[0\\].role"),
+        (["hi"], "messages\\[0\\] must be a mapping with role and content, got 'hi'"),
+        ("hi", "messages\\[0\\] must be a mapping with role and content, got 'h'"),
         ([*user("x"), {"role": "user"}], "messages\\[1\\].content must be a string, got None"),
         ([{"role": "user", "content": ["x"]}], "messages\\[0\\].content"),
         (user("\ud800"), "lone surrogate"),

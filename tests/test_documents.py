@@ -60,6 +60,17 @@ def missing_targets(text: str) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize("package", ["engine", "verification"])
+def test_every_module_is_where_a_reader_is_told_to_look(package: str):
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page.split(f"| of `{package}/` | modules |")[1].split("\n\n")[0]
+    below = (ROOT / package).iterdir()
+    modules = {path.stem for path in below if path.suffix == ".py" and "__" not in path.name}
+    folders = {f"{path.parent.name}/" for path in (ROOT / package).glob("*/__init__.py")}
+
+    assert set(re.findall(r"`([\w/]+)`", table)) == modules | folders
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_file_that_a_document_names_exists(document: str):
     assert missing_files((ROOT / document).read_text(encoding="utf-8"), ROOT / document) == []

@@ -6,7 +6,7 @@ batching is the special case of one `generate` with all prompts.
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from pathlib import Path
 from types import TracebackType
@@ -166,6 +166,10 @@ class LLM:
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answer conversations: one, or a list of them; see `generate`."""
+        if isinstance(messages, Mapping) or not isinstance(messages, Items):
+            raise InvalidArgument(
+                f"messages must be a list of messages, or of such lists, got {messages!r:.60}"
+            )
         is_one = bool(messages) and not isinstance(messages[0], list | tuple)
         prompts = [self.encode_chat(each) for each in ([messages] if is_one else messages)]
         return self.generate(prompts, sampling_params, use_tqdm)

@@ -6,7 +6,7 @@ model: `check_vocabulary` holds the token ids to one. Checked at birth, frozen.
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -202,9 +202,12 @@ def _items(name: str, value: object, what: str, limit: int) -> tuple[Any, ...]:
     """The elements of an optional list."""
     if value is None:
         return ()
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+    try:
+        items = None if isinstance(value, str | bytes | Mapping) else tuple(value)
+    except TypeError:  # also of what says that it is iterable: an array without a dimension
+        items = None
+    if items is None:
         raise InvalidArgument(f"{name} must be a list of {what}, got {value!r}")
-    items = tuple(value)
     if len(items) > limit:
         raise InvalidArgument(f"{name} must have at most {limit} {what}, got {len(items)}")
     return items

@@ -289,6 +289,12 @@ def test_a_conversation_is_a_prompt(llm: LLM):
         llm.chat([{"role": "user", "content": "hi"}], GREEDY)
 
 
+@pytest.mark.parametrize("messages", [{"role": "user", "content": "hi"}, None, 3], ids=str)
+def test_one_message_is_no_conversation(llm: LLM, messages: object):
+    with pytest.raises(InvalidArgument, match="messages must be a list of messages"):
+        llm.chat(messages, GREEDY)
+
+
 def test_the_package_gives_the_api_without_loading_it():
     program = (
         "import sys, engine; assert 'numpy' not in sys.modules, 'numpy'; "

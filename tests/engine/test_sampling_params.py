@@ -95,6 +95,7 @@ REFUSED = {
         ([1.0], "integer"),
         ([True], "integer"),
         (7, "list of token ids, got 7"),
+        (np.array(7), "list of token ids"),
         ("7", "list of token ids"),
         (range(257), "at most 256 token ids, got 257"),
     ],

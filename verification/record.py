@@ -30,6 +30,7 @@ from engine.models import cache_root, model_names, name_of, resolve
 from verification import goldens
 from verification.golden_measure import measure
 from verification.goldens import Golden, GoldenPrompt
+from verification.interrupts import ends_in_one_line
 from verification.prompts import default_selection, prompts_for, prompts_sha256
 from verification.report_terminal import ProgressReport
 from verification.taps import TapKey
@@ -246,8 +247,9 @@ def _provenance(options: argparse.Namespace) -> dict[str, object]:
     }
 
 
+@ends_in_one_line("a model that was under way keeps its old record")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 0 recorded, 1 refused or failed, 2 wrong use."""
+    """The command; 0 recorded, 1 refused or failed, 2 wrong use, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="python -m verification.record", description=__doc__)
     parser.add_argument("--model", action="append", help=f"default: {', '.join(IN_GIT)}")
     parser.add_argument(

@@ -7,7 +7,7 @@ import pytest
 import verification.localisation.__main__ as localisation
 import verification.mutants.__main__ as mutants
 import verification.teeth.__main__ as teeth
-from verification import false_alarms
+from verification import false_alarms, record
 from verification.interrupts import INTERRUPTED
 from verification.mutants import policy
 from verification.mutants.build import BuildError, Tree
@@ -23,6 +23,7 @@ from verification.teeth import properties
         (false_alarms, "try_transformers"),
         (mutants, "run"),
         (policy, "run"),
+        (record, "record"),
     ],
     ids=lambda each: getattr(each, "__name__", each),
 )

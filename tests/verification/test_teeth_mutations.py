@@ -40,6 +40,8 @@ class TestC:
             ("float *x;", set()),
             ("return a;", set()),
             ("int n = 4;", {"int n = 5;"}),
+            ("__global__ void __launch_bounds__(256, 1)", set()),
+            ("f<<<n, 8, 0, (cudaStream_t)s>>>(a);", {"f<<<n, 9, 0, (cudaStream_t)s>>>(a);"}),
         ],
     )
     def test_each_kind_of_mutation(self, line: str, expected: set[str]):

@@ -59,6 +59,9 @@ DECLARATION = re.compile(r"[A-Za-z_]\w*(?:\s+\**|\s*\*+\s*)[A-Za-z_]\w*\s*(?:=|;
 PROTOTYPE = re.compile(r"[A-Za-z_]\w*[\s*&]+[A-Za-z_]\w*\(|.*<<<")
 SIMPLE = r"[A-Za-z_][\w.]*(?:->\w+)*(?:\[\w+\])?"
 SWAPPABLE = re.compile(rf"(?<![\w.)\]>-])({SIMPLE}) ([-/%]|<<|>>|<|>) ({SIMPLE})(?![\w.(\[]|->)")
+# What a device computes does not depend on these: how many blocks the compiler should make room for,
+# and a launch's own shared memory where the kernel has none.
+HINTS = re.compile(r"__launch_bounds__\([^)]*\)|(?<=, )0(?=, \(cudaStream_t\))")
 ARGUMENTS = re.compile(rf"(?<=[\w](?=\())\(({SIMPLE}), ({SIMPLE})(?=[,)])")
 
 
@@ -106,6 +109,7 @@ def is_statement(line: str) -> bool:
 
 def _replacements(line: str) -> Iterator[tuple[int, int, str, str]]:
     opened: list[int] = []  # where the indices around this token begin
+    hints = [range(*found.span()) for found in HINTS.finditer(line)]
     for match in TOKEN.finditer(line):
         token, (start, end) = match[0], match.span()
         if token == "[":
@@ -114,6 +118,8 @@ def _replacements(line: str) -> Iterator[tuple[int, int, str, str]]:
             inner = line[opened.pop() : start]
             if inner.strip() and not re.fullmatch(r"[A-Z0-9_ +*/-]+", inner):  # no array's size
                 yield start, start, " + 1", "index"
+        elif token[0].isdigit() and any(start in hint for hint in hints):
+            continue
         elif token[0].isdigit():
             yield start, end, _other_number(token), "constant"
         elif token in OPERATORS and line[start - 1 : start] == " " and line[end : end + 1] == " ":

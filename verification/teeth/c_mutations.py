@@ -59,7 +59,7 @@ DECLARATION = re.compile(r"[A-Za-z_]\w*(?:\s+\**|\s*\*+\s*)[A-Za-z_]\w*\s*(?:=|;
 PROTOTYPE = re.compile(r"[A-Za-z_]\w*[\s*&]+[A-Za-z_]\w*\(|.*<<<")
 SIMPLE = r"[A-Za-z_][\w.]*(?:->\w+)*(?:\[\w+\])?"
 SWAPPABLE = re.compile(rf"(?<![\w.)\]>-])({SIMPLE}) ([-/%]|<<|>>|<|>) ({SIMPLE})(?![\w.(\[]|->)")
-# What a device computes does not depend on these: how many blocks the compiler should make room for,
+# What a device computes does not depend on these: how many blocks the compiler makes room for,
 # and a launch's own shared memory where the kernel has none.
 HINTS = re.compile(r"__launch_bounds__\([^)]*\)|(?<=, )0(?=, \(cudaStream_t\))")
 ARGUMENTS = re.compile(rf"(?<=[\w](?=\())\(({SIMPLE}), ({SIMPLE})(?=[,)])")

@@ -2,7 +2,7 @@ import pytest
 
 from tests.verification.test_evidence import record
 from verification import evidence_page
-from verification.evidence import Score, Table, write
+from verification.evidence import ROOT, Score, Table, write
 from verification.evidence_page import PAGE, SECTIONS, load_all, main, render
 
 
@@ -16,6 +16,18 @@ def folder(tmp_path, monkeypatch):
 
 def test_the_page_in_git_is_that_of_its_records():
     assert PAGE.read_text(encoding="utf-8") == render(load_all())
+
+
+def test_the_readme_has_the_figure_of_every_goal():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    figures = {
+        f"{score.hits} of {score.total}"
+        for each in load_all()
+        for score in each.scores
+        if score.at_least is not None
+    }
+
+    assert {figure for figure in figures if figure not in readme} == set()
 
 
 def test_a_page_just_made_passes_its_check(folder):

@@ -120,8 +120,8 @@ class LLMEngine:
             params,
             prompt_ids,
             seed,
+            max_num_tokens,
             request_id=request_id,
-            max_num_tokens=max_num_tokens,
             priority=priority,
             is_watched=stream or _looks_at_tokens(params),
         )
@@ -134,7 +134,12 @@ class LLMEngine:
         )
 
     def _sequences(
-        self, params: SamplingParams, prompt_ids: list[int], seed: int, **shared: Any
+        self,
+        params: SamplingParams,
+        prompt_ids: list[int],
+        seed: int,
+        max_num_tokens: int,
+        **shared: Any,
     ) -> list[Sequence]:
         """One for each answer to a request; `shared` are further fields, of all of them."""
         eos_token_ids = self.model_config.eos_token_ids
@@ -143,7 +148,9 @@ class LLMEngine:
                 token_ids=list(prompt_ids),
                 index=index,
                 arrival=self._num_arrived,
-                min_num_tokens=len(prompt_ids) + params.min_tokens,
+                max_num_tokens=max_num_tokens,
+                # The parameter may be any number, the room not: beyond it nothing can end.
+                min_num_tokens=min(len(prompt_ids) + params.min_tokens, max_num_tokens),
                 ignore_eos=params.ignore_eos,
                 stop_token_ids=frozenset(params.stop_token_ids),
                 wants_prompt_logits=index == 0 and params.prompt_logprobs is not None,

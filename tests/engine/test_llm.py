@@ -226,6 +226,23 @@ def test_a_stream_that_nobody_reads_is_left_like_any_other(llm: LLM):
     llm.stream("hello", GREEDY).close()
 
 
+@pytest.mark.parametrize("min_tokens", [252, 2**31 - 1])
+def test_an_end_that_is_banned_beyond_the_room_is_banned_to_its_last_token(
+    llm: LLM, min_tokens: int
+):
+    eos = llm.model_config.eos_token_ids[0]
+    params = SamplingParams(
+        temperature=0, max_tokens=None, min_tokens=min_tokens, logit_bias={eos: 100.0}
+    )
+    ids = [65] * (llm.engine_config.max_seq_len - 4)
+
+    (output,) = llm.generate(ids, params)
+
+    answer = output.outputs[0]
+    assert (len(answer.token_ids), answer.finish_reason) == (4, "length")
+    assert eos not in answer.token_ids
+
+
 def test_token_ids_may_be_numpys(llm: LLM):
     ids = llm.tokenizer.encode("hello", add_bos=llm.tokenizer.adds_bos)
 

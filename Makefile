@@ -130,6 +130,8 @@ clean:  ## what was built; .venv and the model cache stay
 
 # The environment: made once, made again when the pins change.
 .venv/.installed: requirements.txt
+	@python3 -c 'import sys; v = sys.version_info[:2]; \
+	  sys.exit(v < (3, 11) and "Python 3.11 or later is needed, python3 is %d.%d" % v)'
 	@echo "making .venv with the pinned packages (once; a few minutes)"
 	@python3 -m venv .venv
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt

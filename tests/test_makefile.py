@@ -101,6 +101,23 @@ def test_every_phony_target_is_declared(copy: Copy):
     assert set(re.findall(r"^([a-z-]+):.*## ", text, re.M)) <= phony
 
 
+def test_a_python_that_is_too_old_is_refused_before_anything_is_fetched(tmp_path: Path):
+    fresh = Copy(tmp_path / "fresh")
+    shutil.copy(ROOT / "requirements.txt", fresh.root)
+    old = tmp_path / "bin" / "python3"
+    old.parent.mkdir()
+    say = "import sys; sys.version_info = (3, 9, 2, 'final', 0); exec(sys.argv[1])"
+    old.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec "{sys.executable}" -c "{say}" "$2"\nexit 9\n')
+    old.chmod(0o755)
+
+    printed = fresh.make(
+        ".venv/.installed", check=False, PATH=f"{old.parent}{os.pathsep}{os.environ['PATH']}"
+    )
+
+    assert "Python 3.11 or later is needed, python3 is 3.9" in printed
+    assert not (fresh.root / ".venv").exists()
+
+
 @pytest.mark.slow
 class TestBuilding:
     def test_it_builds_where_the_path_has_a_space(self, copy: Copy, first_build: str):

@@ -31,8 +31,9 @@ static __device__ __forceinline__ RowPlan plan_row(const StepArguments &args, in
     if (tiles <= NUMERICS_SEGMENT) return {1, tiles, 0, false};
     if (even_share >= NUMERICS_SEGMENT) {
         int segments = ceil_div(tiles, NUMERICS_SEGMENT);
-        // A last segment of one tile goes to the block of the one before.
-        return {segments - (tiles % NUMERICS_SEGMENT == 1), NUMERICS_SEGMENT, segments, true};
+        // A last segment of one tile goes to the block of the one before, if the row stays cut.
+        bool is_joined = tiles % NUMERICS_SEGMENT == 1 && segments > 2;
+        return {segments - is_joined, NUMERICS_SEGMENT, segments, true};
     }
     int num_runs = ceil_div(tiles, max(even_share, kLeastRun));
     return {num_runs, ceil_div(tiles, num_runs), tiles, false};

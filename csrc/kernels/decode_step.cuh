@@ -35,10 +35,11 @@ constexpr int kPieceBytes = kUnitRows * NUMERICS_CHUNK * (int)sizeof(bf16);  // 
 // Pieces on their way at once, 56 KiB: enough for the bandwidth; more queue up before the barriers'
 // traffic.
 constexpr int kInFlight = 7;
-constexpr int kRoundTasks = 64;   // chunk sums kept before they are added up
-constexpr int kInputPadding = 8;  // values: rows start in different banks
-constexpr int kLeastRows = 4;     // of hidden values that fit shared memory: down's input of one token
-constexpr int kTileWarps = 4;     // share an attention tile: 32 keys, then 16 columns each
+constexpr unsigned kPollPause = 100;  // ns, between looks at the grid's counter
+constexpr int kRoundTasks = 64;       // chunk sums kept before they are added up
+constexpr int kInputPadding = 8;      // values: rows start in different banks
+constexpr int kLeastRows = 4;         // of hidden values that fit shared memory: down's input of one token
+constexpr int kTileWarps = 4;         // share an attention tile: 32 keys, then 16 columns each
 constexpr int kTilesAtOnce = kConsumerWarps / kTileWarps;
 constexpr int kMaxRun = NUMERICS_SEGMENT + 1;  // tiles of a task
 constexpr int kLeastRun = 4;  // tiles: spread over more blocks, their folding would cost more than it saves
@@ -205,8 +206,8 @@ static __device__ __forceinline__ void meet_grid(unsigned *counter, int count) {
             fence_gpu();  // the block's stores are out before its arrival
             add_relaxed(counter, 1);
             expected += gridDim.x;
-            while (load_acquire(counter) < expected) {
-            }
+            // Polls slow down the other blocks' stores and arrivals: hence the pauses.
+            while (load_acquire(counter) < expected) __nanosleep(kPollPause);
         }
         __syncwarp();
         named_barrier_arrive<kGridArrived, kConsumers + kWarp>();

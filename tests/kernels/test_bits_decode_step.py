@@ -92,6 +92,8 @@ LENGTHS = [
     (1024, 15, 16),
     (1025, 2047, 2048, 2100),
     (1, 17, 33, 64, 127, 255, 1023, 31),
+    # More tiles than the blocks can share evenly: rows are cut by segments, the last of one tile.
+    (1100, 2049, 2048, 2100, 1025, 2200, 1030, 1024),
 ]
 
 

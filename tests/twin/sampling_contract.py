@@ -45,8 +45,7 @@ def sampling(
     """The arrays of a step; edits lie row after row where no row says where its own begin."""
     if not sampling_rows["first_edit"].any():
         counts = sampling_rows["num_edits"]
-        sampling_rows = sampling_rows.copy()
-        sampling_rows["first_edit"] = np.cumsum(counts) - counts
+        sampling_rows["first_edit"] = np.cumsum(counts) - counts  # the caller's may still change
     return SamplingBatch(sampling_rows, np.zeros(0, EDIT) if edits is None else edits, max_logprobs)
 
 

@@ -7,11 +7,13 @@
 // of
 //           eight tiles; folds in ascending order. Probabilities to bf16, everything else fp32
 // Mapping   sequences with few new tokens share out their segments (attention_decode.cu), the others their
-//           query rows (attention_prefill.cu)
+//           query rows (attention_prefill.cu); many with one each, beside others, go as a decode batch does
+//           (decoding_rows.cuh)
 // Source    transformers LlamaAttention (sdpa); Dao et al., arXiv:2205.14135
 // See       twin/attention.c, tests/kernels/test_bits_attention.py
 
 #include "attention.cuh"
+#include "decoding_rows.cuh"
 
 #include <math.h>
 
@@ -40,12 +42,20 @@ extern "C" Status cuda_attention(bf16 *out, const bf16 *q, const KvLayer *cache,
 
     bool decode_can = fits_decode(1, problem.group_size) && batch->max_seq_len <= decode_max_seq_len();
     bool all_decode = decode_can && fits_decode(batch->max_seq_len_q, problem.group_size);
+    bool is_told_apart = batch->prefill_seqs != nullptr && !all_decode;
+    if (is_told_apart && serves_decoding_rows(*cache, *batch, num_heads)) {
+        TRY(launch_decoding_rows(out, q, *cache, *batch, num_heads, (cudaStream_t)stream));
+        if (batch->num_prefill_seqs == 0) return STATUS_OK;
+        problem.sequences = batch->prefill_seqs;
+        problem.num_seqs = batch->num_prefill_seqs;
+        return launch_attention_prefill(problem, true, (cudaStream_t)stream);
+    }
     if (decode_can && (all_decode || batch->num_seqs > 1)) {
         TRY(launch_attention_decode(problem, (cudaStream_t)stream));
     }
     if (all_decode) return STATUS_OK;
     bool takes_all = !decode_can || batch->num_seqs == 1;
-    if (!takes_all && batch->prefill_seqs != nullptr) {
+    if (is_told_apart && !takes_all) {
         problem.sequences = batch->prefill_seqs;
         problem.num_seqs = batch->num_prefill_seqs;
     }

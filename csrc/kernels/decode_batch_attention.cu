@@ -14,6 +14,10 @@
 #include <math.h>
 
 #include "decode_batch_pieces.cuh"
+#include "decoding_rows.cuh"
+
+// Fewer rows leave most multiprocessors idle, as no row is cut: attention_decode.cu's clusters do not.
+constexpr int kFewestDecodingRows = 9;
 
 // A warp's part in handing states on: its own box, which the warp before it fills, and the next warp's. A
 // fresh barrier's phase before the first counts as ended.
@@ -70,11 +74,15 @@ struct LaneHead {
         : group(args.num_heads / args.cache.num_kv_heads), index((int)threadIdx.x % kWarp / 4) {
         exists = index < group;
     }
+    static __device__ __forceinline__ size_t row_of(const AttentionArguments &args, int sequence) {
+        const int32_t *rows = args.mixed.cu_seqlens_q;
+        return (size_t)(rows == nullptr ? sequence : rows[sequence]);
+    }
     __device__ __forceinline__ void load_query(uint32_t (&query)[kDimSteps][2],
                                                const AttentionArguments &args, const TilePlace &at) const {
         int column = index % (kPaired ? kPairedHeads : kMaxGroup);  // those that are none repeat the first
         size_t row =
-            (size_t)at.sequence * args.num_heads + at.kv_head * group + (column < group ? column : 0);
+            row_of(args, at.sequence) * args.num_heads + at.kv_head * group + (column < group ? column : 0);
         const bf16 *from = args.q + row * kTileCols + threadIdx.x % 4 * 2;
 #pragma unroll
         for (int s = 0; s < kDimSteps; ++s) {
@@ -85,14 +93,17 @@ struct LaneHead {
     __device__ __forceinline__ void write(const RowState &state, const AttentionArguments &args,
                                           const TilePlace &at) const {
         float inverse[2] = {__frcp_rn(state.sum[0]), __frcp_rn(state.sum[1])};
-        size_t first = packed_row_offset(at.sequence, (at.kv_head * group + index) * kChunksPerRow,
-                                         args.num_heads, args.tile_tokens);
+        bool is_packed = args.mixed.cu_seqlens_q == nullptr;
+        int head = at.kv_head * group + index;
+        size_t first = is_packed ? packed_row_offset(at.sequence, head * kChunksPerRow, args.num_heads,
+                                                     args.tile_tokens)
+                                 : (row_of(args, at.sequence) * args.num_heads + head) * kTileCols;
 #pragma unroll
         for (int c = 0; c < kChunksPerRow; ++c) {
             const float (&values)[4] = state.values[c / 2];
             uint32_t pair = transpose_matrix(pack_bf16(__fmul_rn(values[c % 2 * 2], inverse[0]),
                                                        __fmul_rn(values[c % 2 * 2 + 1], inverse[1])));
-            // Chunk c under the swizzle.
+            // Chunk c, where packed under the swizzle; a row that is not starts at a multiple of 64.
             bf16 *to = args.out + (first ^ (c * kChunkValues)) + threadIdx.x % 4 * 2;
             if (exists) *reinterpret_cast<uint32_t *>(to) = pair;
         }
@@ -269,22 +280,45 @@ size_t batch_partial_bytes(int group) {
     return group <= kPairedHeads ? sizeof(StateBox<true>) : sizeof(StateBox<false>);
 }
 
+static Status launch(AttentionArguments &args, const KvLayer &cache, int num_heads, int num_blocks,
+                     cudaStream_t stream) {
+    args.cache = cache;
+    args.num_heads = num_heads;
+    args.scale = (float)(1.4426950408889634074 / sqrt((double)kTileCols));
+    args.block_shift = 0;
+    while (1 << args.block_shift < cache.block_size) ++args.block_shift;
+    bool is_paired = num_heads / cache.num_kv_heads <= kPairedHeads;
+    return launch_chained(is_paired ? batch_attention_kernel<true> : batch_attention_kernel<false>,
+                          dim3((unsigned)num_blocks), kThreads, kRingBytes + kAlignment, 1, stream, args);
+}
+
 Status launch_batch_attention(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream) {
     AttentionArguments args = {};
-    args.cache = layer.cache;
     args.q = step.buffers.q;
     args.out = step.buffers.attn;
     args.header = step.buffers.header;
     args.tickets = step.buffers.tickets;
     args.segments = step.buffers.segments;
-    args.num_heads = step.problem.num_heads;
     args.max_segments = step.max_segments;
     args.tile_tokens = step.tile_tokens;
-    args.scale = (float)(1.4426950408889634074 / sqrt((double)kTileCols));
-    args.block_shift = 0;
-    while (1 << args.block_shift < layer.cache.block_size) ++args.block_shift;
-    bool is_paired = step.problem.num_heads / step.problem.num_kv_heads <= kPairedHeads;
-    return launch_chained(is_paired ? batch_attention_kernel<true> : batch_attention_kernel<false>,
-                          dim3((unsigned)step.num_multiprocessors), kThreads, kRingBytes + kAlignment, 1,
-                          stream, args);
+    return launch(args, layer.cache, step.problem.num_heads, step.num_multiprocessors, stream);
+}
+
+bool serves_decoding_rows(const KvLayer &cache, const BatchIndex &batch, int num_heads) {
+    int num_rows = batch.num_seqs - batch.num_prefill_seqs;
+    return batch.prefill_seqs != nullptr && num_rows >= kFewestDecodingRows &&
+           batch.num_seqs <= kBatchMaxSeqs && num_heads / cache.num_kv_heads <= kMaxGroup;
+}
+
+Status launch_decoding_rows(bf16 *out, const bf16 *q, const KvLayer &cache, const BatchIndex &batch,
+                            int num_heads, cudaStream_t stream) {
+    int device = 0, num_blocks = 0;
+    TRY(CUDA_STATUS(cudaGetDevice(&device)));
+    TRY(CUDA_STATUS(cudaDeviceGetAttribute(&num_blocks, cudaDevAttrMultiProcessorCount, device)));
+    AttentionArguments args = {};
+    args.q = q;
+    args.out = out;
+    args.mixed = {batch.cu_seqlens_q, batch.seq_lens, batch.block_tables, batch.num_seqs,
+                  batch.max_blocks_per_seq};
+    return launch(args, cache, num_heads, num_blocks, stream);
 }

@@ -18,13 +18,23 @@ constexpr int kSmallestBlock = 16;                  // tokens of a KV block
 constexpr int kRuns = kPieceKeys / kSmallestBlock;  // most copies of a piece
 constexpr int kAlignment = 1024;
 
+// Rows of a step that prefills too: those of sequences with one new token.
+struct MixedStep {
+    const int32_t *cu_seqlens_q;  // null: a decode batch, row i being that of sequence i
+    const int32_t *seq_lens;
+    const int32_t *block_tables;
+    int num_seqs;
+    int max_blocks_per_seq;
+};
+
 struct AttentionArguments {
     KvLayer cache;
     const bf16 *q;
-    bf16 *out;
-    const BatchHeader *header;
+    bf16 *out;                  // packed in a decode batch
+    const BatchHeader *header;  // of a decode batch
+    MixedStep mixed;
     unsigned *tickets;
-    void *segments;  // [num_multiprocessors, max_segments] of StateBox
+    void *segments;  // [num_multiprocessors, max_segments] of StateBox; null: no row is cut
     int num_heads, max_segments, tile_tokens;
     int block_shift;  // of the cache: log2 of its block size
     float scale;
@@ -54,11 +64,20 @@ struct AttentionShared : RunShared {
     StateBox<kPaired> row;                 // its segments so far
 };
 
+// Keys of a sequence's row; 0: none.
+static __device__ __forceinline__ int row_length(const AttentionArguments &args, int sequence) {
+    const MixedStep &mixed = args.mixed;
+    if (mixed.cu_seqlens_q == nullptr) return args.header->lengths[sequence];
+    if (sequence >= mixed.num_seqs) return 0;
+    bool is_decoding = mixed.cu_seqlens_q[sequence + 1] - mixed.cu_seqlens_q[sequence] == 1;
+    return is_decoding ? mixed.seq_lens[sequence] : 0;
+}
+
 // The lengths and the ends of the block's run, by the whole block, a thread per sequence.
 static __device__ __forceinline__ void deal_tiles(RunShared &shared, const AttentionArguments &args) {
     int thread = (int)threadIdx.x, lane = thread % kWarp, heads = args.cache.num_kv_heads;
     static_assert(kConsumers == kBatchMaxSeqs, "a thread per sequence");
-    int length = thread < kBatchMaxSeqs ? args.header->lengths[thread] : 0;
+    int length = thread < kBatchMaxSeqs ? row_length(args, thread) : 0;
     int tiles = tiles_of(length), before = tiles;
 #pragma unroll
     for (int offset = 1; offset < kWarp; offset *= 2) {
@@ -69,8 +88,10 @@ static __device__ __forceinline__ void deal_tiles(RunShared &shared, const Atten
         shared.lengths[thread] = length;
         if (lane == kWarp - 1) shared.warp_sums[thread / kWarp] = before;
     } else if (lane == 0) {
-        shared.max_blocks_per_seq = args.header->max_blocks_per_seq;
-        shared.block_tables = args.header->block_tables;
+        bool is_mixed = args.mixed.cu_seqlens_q != nullptr;
+        shared.max_blocks_per_seq =
+            is_mixed ? args.mixed.max_blocks_per_seq : args.header->max_blocks_per_seq;
+        shared.block_tables = is_mixed ? args.mixed.block_tables : args.header->block_tables;
     }
     __syncthreads();  // every warp's sum visible
     before -= tiles;
@@ -89,7 +110,8 @@ static __device__ __forceinline__ void deal_tiles(RunShared &shared, const Atten
         if (start == line) {
             if (thread == 0) shared.ends[i] = {line, 0, 0, 0};
         } else if (within >= 0 && within < tiles * heads) {
-            int kv_head = within / tiles, tile = within % tiles, cut = next_cut(tile, length);
+            int kv_head = within / tiles, tile = within % tiles;
+            int cut = args.segments != nullptr ? next_cut(tile, length) : tile > 0 ? tiles : 0;
             shared.ends[i] = {start + cut - tile, thread, kv_head, cut};
         }
     }

@@ -204,11 +204,10 @@ static Status input_batch(Buffers *buffers, BatchIndex *index, const EngineBatch
     TRY(input(buffers, &index->seq_lens, batch->seq_lens, seqs * value));
     TRY(input(buffers, &index->block_tables, batch->block_tables,
               seqs * batch->max_blocks_per_seq * value));
-    int32_t *prefill_seqs = malloc(seqs * value);
+    int32_t *prefill_seqs = calloc(seqs, value);
     if (!prefill_seqs) return fail(STATUS_OUT_OF_MEMORY, "%zu bytes of host memory", seqs * value);
     index->num_prefill_seqs = batch_prefill_seqs(batch, prefill_seqs);
-    Status status =
-        input(buffers, &index->prefill_seqs, prefill_seqs, (size_t)index->num_prefill_seqs * value);
+    Status status = input(buffers, &index->prefill_seqs, prefill_seqs, seqs * value);
     free(prefill_seqs);
     return status;
 }

@@ -114,6 +114,35 @@ def test_one_prompt_beside_decoding_rows_gives_the_twins_bits(
     assert_same_bits(scene.run(gpu), scene.run(twin))
 
 
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_many_decoding_rows_between_prompts_give_the_twins_bits(
+    gpu: Ops, twin: Ops, group_size: int, block_size: int
+):
+    runs = [(length - 1, 1) for length in EDGES]
+    for place, run in ((0, (3, 2)), (7, (0, 70)), (len(EDGES), (1000, 40))):
+        runs.insert(place, run)
+    scene = Scene(runs, group_size, block_size)
+
+    assert_same_bits(scene.run(gpu), scene.run(twin))
+
+
+def test_most_decoding_rows_of_a_step_give_the_twins_bits(gpu: Ops, twin: Ops):
+    lengths = np.random.default_rng(5).integers(0, 400, 255).tolist()
+    for more in ([], [(30, 1)]):  # one sequence more than the decode batch's kernel takes
+        scene = Scene([(0, 50), *((length, 1) for length in lengths), *more], 4, 16)
+
+        assert_same_bits(scene.run(gpu), scene.run(twin))
+
+
+def test_many_decoding_rows_of_which_one_is_beyond_the_decode_kernel_give_the_twins_bits(
+    gpu: Ops, twin: Ops
+):
+    scene = Scene([*((10 * i, 1) for i in range(9)), (199_999, 1)], 4, 128, num_kv_heads=1)
+
+    assert_same_bits(scene.run(gpu), scene.run(twin))
+
+
 def test_prefill_and_decode_in_a_step_that_decode_cannot_take_give_the_twins_bits(
     gpu: Ops, twin: Ops
 ):

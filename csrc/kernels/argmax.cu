@@ -4,10 +4,12 @@
 //
 // Shapes    logits [num_rows, vocab_size] float32; ids [num_rows]
 // Rounding  none: comparisons
-// Mapping   one thread block per row; each thread walks its stride, then a tree over warps. The order of
-//           comparison is free, because (value, index) is a total order
-// Cost      4 bytes per logit: memory-bound, latency-bound for few rows
+// Mapping   a cluster of eight thread blocks per row; each thread walks its stride, then a tree over warps and
+//           blocks. The order of comparison is free, because (value, index) is a total order
+// Cost      4 bytes per logit: latency-bound for few rows (one block a row: 21 us for a row of 128,256)
 // See       twin/argmax.c, tests/kernels/test_bits_argmax.py
+
+#include <cooperative_groups.h>
 
 #include "../common/cuda_status.h"
 #include "../common/vector.cuh"
@@ -15,8 +17,12 @@ extern "C" {
 #include "kernels.h"
 }
 
-constexpr int kThreads = 1024;  // one block reads a whole row: as many loads in flight as a block may have
+namespace cg = cooperative_groups;
+
+constexpr int kBlocks = 8;      // of a row: the largest portable cluster
+constexpr int kThreads = 1024;  // as many loads in flight as a block may have
 constexpr int kWarps = kThreads / kWarp;
+static_assert(kBlocks <= kWarp && kWarps <= kWarp, "a warp takes the results of all warps, of all blocks");
 
 struct Candidate {
     float value;
@@ -40,26 +46,39 @@ static __device__ __forceinline__ Candidate warp_best(Candidate best) {
     return best;
 }
 
-static __global__ void __launch_bounds__(kThreads)
+static __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads)
     argmax_kernel(int32_t *ids, const float *logits, int vocab_size) {
     __shared__ Candidate warp_results[kWarps];
-    const float *row = logits + (size_t)blockIdx.x * vocab_size;
+    __shared__ Candidate block_result;
+    cg::cluster_group cluster = cg::this_cluster();
+    int row_index = (int)blockIdx.x / kBlocks, rank = (int)blockIdx.x % kBlocks;
+    const float *row = logits + (size_t)row_index * vocab_size;
     const Candidate kNone = {__int_as_float(0xff800000),
                              INT32_MAX};  // loses to every candidate, -inf included
     Candidate best = kNone;
-#pragma unroll 4
-    for (int i = (int)threadIdx.x; i < vocab_size; i += kThreads) best = better(best, Candidate{row[i], i});
+#pragma unroll 8
+    for (int i = rank * kThreads + (int)threadIdx.x; i < vocab_size; i += kBlocks * kThreads)
+        best = better(best, Candidate{row[i], i});
     best = warp_best(best);
     if (threadIdx.x % kWarp == 0) warp_results[threadIdx.x / kWarp] = best;
     __syncthreads();  // every warp's candidate visible to warp 0
-    if (threadIdx.x >= kWarp) return;
-    best = warp_best((int)threadIdx.x < kWarps ? warp_results[threadIdx.x] : kNone);
-    if (threadIdx.x == 0) ids[blockIdx.x] = best.index;
+    if (threadIdx.x < kWarp) {
+        best = warp_best((int)threadIdx.x < kWarps ? warp_results[threadIdx.x] : kNone);
+        if (threadIdx.x == 0) block_result = best;
+    }
+    cluster.sync();  // every block's candidate visible to the first
+    if (rank == 0 && threadIdx.x < kWarp) {
+        best =
+            (int)threadIdx.x < kBlocks ? *cluster.map_shared_rank(&block_result, (int)threadIdx.x) : kNone;
+        best = warp_best(best);
+        if (threadIdx.x == 0) ids[row_index] = best.index;
+    }
+    cluster.sync();  // no block leaves before its candidate is read
 }
 
 extern "C" Status cuda_argmax(int32_t *ids, const float *logits, int num_rows, int vocab_size,
                               Stream stream) {
     if (num_rows == 0) return STATUS_OK;
-    argmax_kernel<<<num_rows, kThreads, 0, (cudaStream_t)stream>>>(ids, logits, vocab_size);
+    argmax_kernel<<<num_rows * kBlocks, kThreads, 0, (cudaStream_t)stream>>>(ids, logits, vocab_size);
     return CUDA_STATUS(cudaGetLastError());
 }

@@ -4,9 +4,10 @@
 //
 // Shapes    as in attention.cu; any number of rows
 // Rounding  docs/numerics.md section 4; wgmma's steps are those of mma.sync, bit for bit
-// Mapping   a thread block per 192 query rows (new tokens x heads of the group) and kv head: one warp asks
-//           the copy engine for K and V tiles, three warpgroups take 64 rows each. A group multiplies P V
-//           of one tile and the scores of the next while it folds; what is folded lies in shared memory
+// Mapping   a thread block per 192 query rows (new tokens x heads of the group) and kv head, or per 128
+//           where so few fit the card at once: one warp asks the copy engine for K and V tiles, three or two
+//           warpgroups take 64 rows each. A group multiplies P V of one tile and the scores of the next
+//           while it folds; what is folded lies in shared memory
 // Cost      256 flops per row and key, and some 12 instructions: bound by their latency (docs/log.md)
 // See       attention.cu, twin/attention.c, tests/kernels/test_bits_attention.py
 
@@ -15,21 +16,30 @@
 #include "attention_scores.cuh"
 
 constexpr int kWarpgroupWarps = kWarpgroup / kWarp;
-constexpr int kConsumers = 3;
-constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
-constexpr int kProducerRegisters = 32;  // per thread; 128 x 32 + 384 x 160 are the multiprocessor's 65536
-constexpr int kConsumerRegisters = 160;
-constexpr int kBlockRows = kConsumers * kConsumerRows;
+constexpr int kProducerRegisters = 32;  // per thread
 constexpr int kQueryBytes = kConsumerRows * kHeadDim * (int)sizeof(bf16);
 constexpr int kStages = 3;
 constexpr int kStageBytes = 2 * kKvTileBytes;
 constexpr int kAlignment = 1024;                                             // of a swizzled tile
 constexpr int kFoldedBytes = kConsumerRows * kHeadDim * (int)sizeof(float);  // a warpgroup's outputs
-constexpr int kSharedBytes =
-    kConsumers * (kQueryBytes + 2 * kFoldedBytes) + kStages * kStageBytes + kAlignment;
 constexpr int kRowBytes = kHeadDim * (int)sizeof(bf16);
 constexpr int kStepColumnBytes = NUMERICS_STEP * (int)sizeof(bf16);  // 16 of a tile's columns
 constexpr int kStepRowBytes = NUMERICS_STEP * kRowBytes;             // 16 of its rows
+
+// A thread block of so many warpgroups that compute.
+template <int kConsumers>
+struct BlockShape {
+    static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+    static constexpr int kRows = kConsumers * kConsumerRows;
+    // Every thread starts with its share of the 65536 registers, a multiple of eight.
+    static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
+    static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+    static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+                      (1 + kConsumers) * kStartRegisters,
+                  "nobody gets registers that nobody gives back: the kernel would wait for ever");
+    static constexpr int kSharedBytes =
+        kConsumers * (kQueryBytes + 2 * kFoldedBytes) + kStages * kStageBytes + kAlignment;
+};
 
 // `full` counts the producer and the bytes; `empty` every consuming warp.
 struct AttentionBarriers {
@@ -266,8 +276,10 @@ static __device__ __forceinline__ void attend(uint32_t query, uint32_t folded, u
     if (num_tiles > 0) store_rows(problem, sequence, total, kv_head, warp_row, lane);
 }
 
-static __global__ void __launch_bounds__(kThreads, 1)
+template <int kConsumers>
+static __global__ void __launch_bounds__(BlockShape<kConsumers>::kThreads, 1)
     attention_prefill_kernel(AttentionProblem problem, bool takes_all) {
+    constexpr int kBlockRows = BlockShape<kConsumers>::kRows;
     extern __shared__ unsigned char shared[];
     __shared__ AttentionBarriers barriers;
     let_next_kernel_start();
@@ -302,7 +314,7 @@ static __global__ void __launch_bounds__(kThreads, 1)
         give_registers<kProducerRegisters>();
         if (warp == 0) produce(ring, barriers, problem.cache, sequence, kv_head, num_tiles_needed, lane);
     } else {
-        take_registers<kConsumerRegisters>();
+        take_registers<BlockShape<kConsumers>::kConsumerRegisters>();
         attend(own_query,
                folded + (warpgroup - 1) * 2 * kFoldedBytes + threadIdx.x % kWarpgroup * (int)sizeof(float4),
                ring, barriers, problem, sequence, kv_head, group_row, num_tiles_needed,
@@ -310,10 +322,28 @@ static __global__ void __launch_bounds__(kThreads, 1)
     }
 }
 
-Status launch_attention_prefill(const AttentionProblem &problem, bool takes_all, cudaStream_t stream) {
+template <int kConsumers>
+static int num_row_blocks(const AttentionProblem &problem) {
+    constexpr int kRows = BlockShape<kConsumers>::kRows;
     int64_t max_rows = (int64_t)problem.max_seq_len_q * problem.group_size;
-    dim3 grid((unsigned)((max_rows + kBlockRows - 1) / kBlockRows * problem.cache.num_kv_heads),
+    return (int)((max_rows + kRows - 1) / kRows);
+}
+
+template <int kConsumers>
+static Status launch(const AttentionProblem &problem, bool takes_all, cudaStream_t stream) {
+    using Shape = BlockShape<kConsumers>;
+    dim3 grid((unsigned)(num_row_blocks<kConsumers>(problem) * problem.cache.num_kv_heads),
               (unsigned)problem.num_seqs);
-    return launch_chained(attention_prefill_kernel, grid, kThreads, kSharedBytes, 1, stream, problem,
-                          takes_all);
+    return launch_chained(attention_prefill_kernel<kConsumers>, grid, Shape::kThreads, Shape::kSharedBytes,
+                          1, stream, problem, takes_all);
+}
+
+Status launch_attention_prefill(const AttentionProblem &problem, bool takes_all, cudaStream_t stream) {
+    int device, num_multiprocessors;
+    TRY(CUDA_STATUS(cudaGetDevice(&device)));
+    TRY(CUDA_STATUS(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device)));
+    // Smaller blocks where all of them run at once: each is done sooner.
+    int64_t small = (int64_t)num_row_blocks<2>(problem) * problem.cache.num_kv_heads * problem.num_seqs;
+    return small <= num_multiprocessors ? launch<2>(problem, takes_all, stream)
+                                        : launch<3>(problem, takes_all, stream);
 }

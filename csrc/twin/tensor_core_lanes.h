@@ -69,16 +69,17 @@ TARGET ALWAYS_INLINE Ints step_row(float *c_row, const float *a, const int32_t *
     Ints scale_bits = (3 * BF16_BIAS + FRACTION_BITS - largest) << 23;
     Floats scale;
     memcpy(&scale, &scale_bits, sizeof scale);
-    Ints sum = {0};
+    Words sum = {0};  // of a lane that is not served it may wrap
     for (int k = 0; k < NUMERICS_STEP; k++) {
         Floats b;
         memcpy(&b, panel->value[k] + first_lane, sizeof b);
-        sum += __builtin_convertvector(a[k] * b * scale, Ints);  // exact product and scaling, then the cut
+        Ints term = __builtin_convertvector(a[k] * b * scale, Ints);  // exact, exact, and then the cut
+        sum += (Words)term;
     }
     // Sixteen products stay below 2^31; with c the sum can pass it by a hair, and then takes the long way.
     Ints cut_c = __builtin_convertvector(c * scale, Ints);
-    Ints total = (Ints)((Words)sum + (Words)cut_c);
-    unserved |= (sum ^ total) & (cut_c ^ total);
+    Ints total = (Ints)(sum + (Words)cut_c);
+    unserved |= ((Ints)sum ^ total) & (cut_c ^ total);
     Ints result_scale_bits = (largest - (BF16_BIAS + FRACTION_BITS)) << 23;  // 2^(e - 25)
     Floats result_scale;
     memcpy(&result_scale, &result_scale_bits, sizeof result_scale);

@@ -120,6 +120,14 @@ __device__ __forceinline__ void fence_gpu() {
 __device__ __forceinline__ void add_relaxed(unsigned *counter, unsigned value) {
     asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
+__device__ __forceinline__ unsigned add_acquire_release(unsigned *counter, unsigned value) {
+    unsigned before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(counter), "r"(value)
+                 : "memory");
+    return before;
+}
 __device__ __forceinline__ unsigned load_acquire(const unsigned *counter) {
     unsigned value;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");

@@ -10,7 +10,7 @@
 #pragma once
 #include "decode_step.cuh"
 
-constexpr int kFoldColumns = 4;  // a thread folds, of a segment
+constexpr int kFoldColumns = 2;  // a thread folds, of a segment
 
 // Pair `pair` of one head through RoPE, docs/numerics.md section 6.
 __device__ __forceinline__ void rotate_pair(bf16 *out, const bf16 *x, const bf16 *table_row, int pair) {
@@ -248,26 +248,24 @@ static __device__ __forceinline__ void fold_segments(AttentionShared &own, const
         const float *from =
             args.parts +
             ((size_t)(task.first_part + first_part) * group + segment_row - segment * group) * kPartColumns;
-        float4 values[NUMERICS_SEGMENT];
+        float2 values[NUMERICS_SEGMENT];
         float2 max_and_sum[NUMERICS_SEGMENT];
 #pragma unroll
         for (int t = 0; t < NUMERICS_SEGMENT; ++t) {
             if (t >= num_parts) break;
-            values[t] = __ldcg(reinterpret_cast<const float4 *>(from + column));
+            values[t] = __ldcg(reinterpret_cast<const float2 *>(from + column));
             max_and_sum[t] = __ldcg(reinterpret_cast<const float2 *>(from + kTileCols));
             from += group * kPartColumns;
         }
         auto part = [&](int t) -> FoldState<kFoldColumns> {
-            return {
-                max_and_sum[t].x, max_and_sum[t].y, {values[t].x, values[t].y, values[t].z, values[t].w}};
+            return {max_and_sum[t].x, max_and_sum[t].y, {values[t].x, values[t].y}};
         };
         FoldState<kFoldColumns> state = part(0);
 #pragma unroll
         for (int t = 1; t < NUMERICS_SEGMENT; ++t)
             if (t < num_parts) state.fold(part(t));
         float *to = own.folds[segment_row];
-        *reinterpret_cast<float4 *>(to + column) =
-            make_float4(state.values[0], state.values[1], state.values[2], state.values[3]);
+        *reinterpret_cast<float2 *>(to + column) = make_float2(state.values[0], state.values[1]);
         if (column == 0) to[kTileCols] = state.max, to[kTileCols + 1] = state.sum;
     }
 }
@@ -293,11 +291,10 @@ static __device__ __forceinline__ void finish_row(Shared &shared, const StepArgu
     int group = args.problem.num_heads / args.problem.num_kv_heads;
     consumer_barrier();  // every thread's share of this block's parts
     if (own_thread() == 0) {
-        fence_gpu();  // they are out before the ticket
         unsigned *ticket = args.tickets + task.sequence * args.problem.num_kv_heads + task.kv_head;
-        shared.is_last = atomicAdd(ticket, 1) == (unsigned)task.plan.num_runs - 1;
+        // This block's parts are out before its ticket, the other blocks' are read after theirs.
+        shared.is_last = add_acquire_release(ticket, 1) == (unsigned)task.plan.num_runs - 1;
         if (shared.is_last) *ticket = 0;
-        fence_gpu();  // the other blocks' parts after their tickets
     }
     consumer_barrier();  // the verdict visible to every thread
     if (!shared.is_last) return;

@@ -33,8 +33,8 @@ struct HeldPiece {
         if (lane == 0) release_piece(shared, piece);
     }
 
-    // Its chain, 8 weight rows x up to 8 tokens, into sums. `tokens` is the address at which this lane reads the
-    // chunk's first k tile: chunk lane / 8 of the row of token lane % 8.
+    // Its chain, 8 weight rows x up to 8 tokens, into sums. `tokens` is the address at which this lane reads
+    // the chunk's first k tile: chunk lane / 8 of the row of token lane % 8.
     template <int kTokens>
     __device__ __forceinline__ void multiply(uint32_t tokens, int num_tiles, float *sums) const {
         constexpr int kTileBytes = kTileCols * (int)sizeof(bf16);
@@ -109,10 +109,10 @@ static __device__ __forceinline__ float add_chunks(const float *sums, int num_ch
     return sum;
 }
 
-// The block's pieces of one phase, of which the warps hold the first already. `rows` [num_tokens, cols] are other blocks' results; null if
-// shared.input holds the normalised rows already. epilogue(token, row, value, second) gets each output
-// once, `second` being the paired matrix's value; thread i gets outputs i, i + kConsumers, .. of each
-// round.
+// The block's pieces of one phase, of which the warps hold the first already. `rows` [num_tokens, cols] are
+// other blocks' results; null if shared.input holds the normalised rows already. epilogue(token, row, value,
+// second) gets each output once, `second` being the paired matrix's value; thread i gets outputs i,
+// i + kConsumers, .. of each round.
 template <typename Shared, typename Epilogue>
 static __device__ __forceinline__ void compute_phase(Shared &shared, HeldPiece &held, int &piece, int phase,
                                                      const bf16 *rows, int num_tokens, Epilogue epilogue) {
@@ -124,6 +124,7 @@ static __device__ __forceinline__ void compute_phase(Shared &shared, HeldPiece &
     // Rows beyond the last token repeat the first: their results are never read.
     int token_row = lane % 8 < num_tokens ? lane % 8 : 0;
     uint32_t tokens = shared_address(shared.input + token_row * stride + lane / 8 * kChunkValues);
+    bool is_awaited = phase == kPhaseDown;  // the rest of the input
 #pragma unroll 1
     for (int first_unit = 0; first_unit < order.own_units; first_unit += order.units_per_round) {
         int num_units = min(order.units_per_round, order.own_units - first_unit);
@@ -132,14 +133,22 @@ static __device__ __forceinline__ void compute_phase(Shared &shared, HeldPiece &
             int chunks = min(order.chunks_per_group, order.num_chunks - first_chunk);
             int first_k = first_chunk * NUMERICS_CHUNK;
             int width = min(chunks * NUMERICS_CHUNK, order.cols - first_k);
+            // Which warp takes which piece follows from the piece's number in the whole stream.
+            int task = first_task(piece), part = 0, chunk = task;
+            int num_tasks = num_units * order.parts * chunks;
+            bool is_held = first_unit + first_chunk == 0;  // the warp's first piece
+            if (is_awaited && first_k + width > order.early_cols) {
+                if (!is_held && task < num_tasks)
+                    held.take(shared, piece + task,
+                              min(NUMERICS_CHUNK, width - task % chunks * NUMERICS_CHUNK) / kTileCols);
+                is_held = true;
+                finish_grid_barrier();
+                is_awaited = false;
+            }
             if (rows != nullptr && (first_unit == 0 || chunks < order.num_chunks)) {
                 if (first_unit + first_chunk > 0) consumer_barrier();  // the previous columns are read
                 stage_input(shared, rows, order.cols, first_k, width, stride, num_tokens);
             }
-            // Which warp takes which piece follows from the piece's number in the whole stream.
-            int task = first_task(piece);
-            bool is_held = first_unit + first_chunk == 0;  // the warp's first piece
-            int num_tasks = num_units * order.parts * chunks, part = 0, chunk = task;
 #pragma unroll 1
             for (; task < num_tasks; task += kConsumerWarps, chunk += kConsumerWarps) {
 #pragma unroll 1
@@ -165,8 +174,11 @@ static __device__ __forceinline__ void compute_phase(Shared &shared, HeldPiece &
             int unit = (int)blockIdx.x + (first_unit + i / kOutputs) * (int)gridDim.x;
             epilogue(token, unit * kUnitRows + output % kUnitRows, value, second);
         }
+        if (phase == kPhaseGateUp && first_unit == 0) announce_first_round();
         if (first_unit + order.units_per_round < order.own_units) consumer_barrier();  // the sums are read
     }
+    if (phase == kPhaseGateUp && order.own_units == 0) announce_first_round();
+    if (is_awaited) finish_grid_barrier();
 }
 
 // sum / count, rounded; where count is a power of two, by a product: the same exact value, rounded once too.

@@ -52,5 +52,7 @@ static __device__ __forceinline__ void argmax_phase(Shared &shared, const StepAr
             }
         }
     }
-    if (threadIdx.x == 0) args.counters->finished = args.counters->arrivals = 0;  // for the next launch
+    if (threadIdx.x == 0)
+        args.counters->finished = args.counters->arrivals = args.counters->early_arrivals =
+            0;  // for the next launch
 }

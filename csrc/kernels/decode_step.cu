@@ -10,7 +10,7 @@
 // Cost      every weight once: 2.47 GB for Llama 3.2 1B, 548 us at 4.51 TB/s
 // Source    the idea of one launch per token: HazyResearch Megakernels; the schedule is static here
 // See       decode_step.cuh, then decode_stream.cuh, decode_linear.cuh, decode_attention.cuh and
-//           decode_output.cuh; tests/kernels/test_bits_decode_step.py
+//           decode_output.cuh, decode_grid.cuh; tests/kernels/test_bits_decode_step.py
 
 #include "decode_attention.cuh"
 #include "decode_batch.cuh"
@@ -24,18 +24,24 @@ __device__ __forceinline__ int ceil_div(int a, int b) {
 
 // The same for every kv head of a sequence.
 static __device__ __forceinline__ RowPlan plan_row(const StepArguments &args, int sequence) {
-    int all_tiles = 0, tiles = ceil_div(args.seq_lens[sequence], NUMERICS_TILE);
-#pragma unroll 1
-    for (int i = 0; i < args.num_seqs; ++i) all_tiles += ceil_div(args.seq_lens[i], NUMERICS_TILE);
-    int even_share = ceil_div(all_tiles * args.problem.num_kv_heads, (int)gridDim.x);
+    auto num_tiles = [&](int i) { return ceil_div(args.seq_lens[i], NUMERICS_TILE); };
+    int tiles = num_tiles(sequence), num_tasks = (int)gridDim.x + 1, share = kLeastRun - 1;
     if (tiles <= NUMERICS_SEGMENT) return {1, tiles, 0, false};
-    if (even_share >= NUMERICS_SEGMENT) {
+    // The shortest runs of which no block has two.
+    while (share < NUMERICS_SEGMENT && num_tasks > (int)gridDim.x) {
+        num_tasks = 0;
+        ++share;
+#pragma unroll 1
+        for (int i = 0; i < args.num_seqs; ++i)
+            num_tasks += ceil_div(num_tiles(i), share) * args.problem.num_kv_heads;
+    }
+    if (share == NUMERICS_SEGMENT) {
         int segments = ceil_div(tiles, NUMERICS_SEGMENT);
         // A last segment of one tile goes to the block of the one before, if the row stays cut.
         bool is_joined = tiles % NUMERICS_SEGMENT == 1 && segments > 2;
         return {segments - is_joined, NUMERICS_SEGMENT, segments, true};
     }
-    int num_runs = ceil_div(tiles, max(even_share, kLeastRun));
+    int num_runs = ceil_div(tiles, share);
     return {num_runs, ceil_div(tiles, num_runs), tiles, false};
 }
 
@@ -78,7 +84,7 @@ static __device__ __forceinline__ void consume(Shared &shared, const StepArgumen
     Candidate best = no_candidate();
     HeldPiece held;
     // Where the stream starts with the norm's weight, that comes first.
-    grid_barrier([&] { hold_first(shared, held, piece + 1, kPhaseQkv); });
+    grid_barrier<kGridArrived>([&] { hold_first(shared, held, piece + 1, kPhaseQkv); });
     // The phases of all layers in one loop: each part's code exists once and the instruction cache holds
     // it.
     int num_phases = problem.num_layers * kPhaseHead + 1;
@@ -111,12 +117,17 @@ static __device__ __forceinline__ void consume(Shared &shared, const StepArgumen
             });
         if (phase == kPhaseHead) break;
         if (phase == kPhaseQkv) {
-            grid_barrier([] {});
+            grid_barrier<kGridArrived>([] {});
             attention_phase(shared, args, args.layers[i / kPhaseHead].cache, piece);
         }
         int next = i + 2 == num_phases ? kPhaseHead : (phase + 1) % kPhaseHead;
         bool has_norm = next != kPhaseO && next != kPhaseDown;
-        grid_barrier([&] { hold_first(shared, held, piece + has_norm, next); });
+        auto hold_next = [&] { hold_first(shared, held, piece + has_norm, next); };
+        if (phase == kPhaseGateUp) {
+            grid_barrier<kGridEarly>(hold_next);
+        } else {
+            grid_barrier<kGridArrived>(hold_next);
+        }
     }
     argmax_phase(shared, args, best);
 }
@@ -140,7 +151,11 @@ static __global__ void __launch_bounds__(kStepThreads, 1)
         if (thread < kConsumers + kWarp) {
             produce(shared, args);
         } else if (thread < kConsumers + 2 * kWarp) {
-            meet_grid(&args.counters->arrivals, 1 + args.problem.num_layers * (kPhaseHead + 1));
+            keep_grid_barriers<kStoresDone, kGridArrived>(&args.counters->arrivals,
+                                                          1 + args.problem.num_layers * (kPhaseHead + 1));
+        } else if (thread < kConsumers + 3 * kWarp) {
+            keep_grid_barriers<kFirstStoresDone, kGridEarly>(&args.counters->early_arrivals,
+                                                             args.problem.num_layers);
         }
     } else {
         take_registers<kConsumerRegisters>();

@@ -17,32 +17,27 @@
 extern "C" {
 #include "kernels.h"
 }
+#include "decode_grid.cuh"
 #include "decode_tile.cuh"
 
 constexpr int kStepTokens = 8;         // most sequences of a step: the rows of one fragment
 constexpr int kUnitRows = kStripRows;  // weight rows of a unit of work: the columns of one fragment
-constexpr int kConsumerWarps = 12;
-constexpr int kConsumers = kConsumerWarps * kWarp;
-// Registers are handed on by warpgroups: the producer's, whose second warp keeps the grid's barriers and two
-// of which idle, gives the consumers those that hold weights.
-constexpr int kStepThreads = kConsumers + 4 * kWarp;
-constexpr int kProducerRegisters = 56;
-constexpr int kConsumerRegisters = 152;
+constexpr int kProducerRegisters = 80;
+constexpr int kConsumerRegisters = 144;
 constexpr int kMaxLayers = 32;    // their pointers travel as kernel parameters, which hold 4 KiB and more
 constexpr int kMaxHidden = 2048;  // one pass of RMSNorm's 256 lanes
 constexpr int kMaxIntermediate = 16384;  // the chunk sums of down's two units a block must fit together
 constexpr int kPieceBytes = kUnitRows * NUMERICS_CHUNK * (int)sizeof(bf16);  // a unit's chunk, 8 KiB
-// Pieces on their way at once, 56 KiB: enough for the bandwidth; more queue up before the barriers'
+// Pieces on their way at once, 48 KiB: enough for the bandwidth; more queue up before the barriers'
 // traffic.
-constexpr int kInFlight = 7;
-constexpr unsigned kPollPause = 100;  // ns, between looks at the grid's counter
-constexpr int kRoundTasks = 64;       // chunk sums kept before they are added up
-constexpr int kInputPadding = 8;      // values: rows start in different banks
-constexpr int kLeastRows = 4;         // of hidden values that fit shared memory: down's input of one token
-constexpr int kTileWarps = 4;         // share an attention tile: 32 keys, then 16 columns each
+constexpr int kInFlight = 6;
+constexpr int kRoundTasks = 64;   // chunk sums kept before they are added up
+constexpr int kInputPadding = 8;  // values: rows start in different banks
+constexpr int kLeastRows = 4;     // of hidden values that fit shared memory: down's input of one token
+constexpr int kTileWarps = 4;     // share an attention tile: 32 keys, then 16 columns each
 constexpr int kTilesAtOnce = kConsumerWarps / kTileWarps;
-constexpr int kMaxRun = NUMERICS_SEGMENT + 1;  // tiles of a task
-constexpr int kLeastRun = 4;  // tiles: spread over more blocks, their folding would cost more than it saves
+constexpr int kMaxRun = NUMERICS_SEGMENT + 1;      // tiles of a task
+constexpr int kLeastRun = 3;                       // tiles: what a block works on at once
 constexpr int kPartColumns = kPartialColumns + 2;  // of a part in memory: 64 values, maximum, sum, padding
 constexpr int kFoldRows = 88;                      // a row's segments times heads that are folded together
 constexpr int kNormGroups = NUMERICS_NORM_LANES / kWarp;
@@ -58,14 +53,14 @@ struct PhaseOrder {
     int parts;  // matrices side by side: 2 for gate and up
     int num_chunks, chunks_per_group;
     int cols;
+    int early_cols;  // of the input, that are there before the rest: outputs of gate/up's first round
 };
 enum Phase { kPhaseQkv, kPhaseO, kPhaseGateUp, kPhaseDown, kPhaseHead, kNumPhases };
 
 // How a row is cut, the attention of one sequence by one kv head: into runs of tiles, a block's task each.
-// A row of one segment is not cut: what a block leaves to another costs more than it saves. Where all rows
-// together have more than seven tiles a block, a run is a segment; else runs are shorter and of one length
-// within a row. A run that is not the whole row leaves parts: of a segment its fold, else each tile as it
-// is.
+// A row of one segment is not cut: what a block leaves to another costs more than it saves. Runs are as
+// short as leaves no block with two, at most a segment, and of one length within a row. A run that is not
+// the whole row leaves parts: of a segment its fold, else each tile as it is.
 struct RowPlan {
     int num_runs, run_tiles;
     int num_parts;
@@ -111,13 +106,6 @@ struct StepShared {
     int positions[kTokens];  // of the new tokens
     RowPlan plans[kTokens];
     int is_last;
-};
-
-// The workspace: a counter for the grid barrier and one for the end.
-struct StepCounters {
-    unsigned arrivals;
-    unsigned finished;
-    unsigned padding[30];
 };
 
 struct StepArguments {
@@ -171,49 +159,6 @@ __device__ __forceinline__ uint32_t wait_for_slot(Shared &shared, int piece) {
     return shared_address(slot_of(shared, piece));
 }
 
-// Named barriers of a block.
-constexpr int kConsumersMeet = 1, kPositionsKnown = 2, kStoresDone = 3, kGridArrived = 4;
-constexpr int kTileWarpsMeet = 5;  // and one for each further tile at work
-
-__device__ __forceinline__ void consumer_barrier() {
-    named_barrier_sync<kConsumersMeet, kConsumers>();
-}
-
-// The consumers tell the producer that shared.positions is written.
-__device__ __forceinline__ void announce_positions() {
-    named_barrier_arrive<kPositionsKnown, kConsumers + kWarp>();
-}
-__device__ __forceinline__ void wait_for_positions() {
-    named_barrier_sync<kPositionsKnown, kConsumers + kWarp>();
-}
-
-// Waits until every thread block arrived; meanwhile the consumers do `work`, which needs no other block's
-// results. A warp of its own speaks for the block: nobody who has work to do waits for the block's stores.
-template <typename Work>
-__device__ __forceinline__ void grid_barrier(Work work) {
-    named_barrier_arrive<kStoresDone, kConsumers + kWarp>();
-    work();
-    named_barrier_sync<kGridArrived, kConsumers + kWarp>();
-}
-
-// That warp: `count` barriers.
-static __device__ __forceinline__ void meet_grid(unsigned *counter, int count) {
-    unsigned expected = 0;
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-        named_barrier_sync<kStoresDone, kConsumers + kWarp>();
-        if (threadIdx.x % kWarp == 0) {
-            fence_gpu();  // the block's stores are out before its arrival
-            add_relaxed(counter, 1);
-            expected += gridDim.x;
-            // Polls slow down the other blocks' stores and arrivals: hence the pauses.
-            while (load_acquire(counter) < expected) __nanosleep(kPollPause);
-        }
-        __syncwarp();
-        named_barrier_arrive<kGridArrived, kConsumers + kWarp>();
-    }
-}
-
 // threadIdx.x, read again where it is used: what a phase derives from it does not occupy registers through
 // the other phases.
 __device__ __forceinline__ int own_thread() {
@@ -251,6 +196,7 @@ __device__ __forceinline__ PhaseOrder phase_order(int units, int parts, int cols
     order.chunks_per_group =
         min(order.num_chunks, (Shared::kInputValues / num_tokens - kInputPadding) / NUMERICS_CHUNK);
     order.units_per_round = max(1, kRoundTasks / (parts * order.num_chunks));
+    order.early_cols = cols;
     return order;
 }
 
@@ -263,10 +209,16 @@ static __device__ PhaseOrder order_of_phase(const StepArguments &args, int phase
         return phase_order<Shared>(num_units(layer.q_proj) + 2 * num_units(layer.k_proj), 1,
                                    layer.q_proj.cols, n);
     if (phase == kPhaseO) return phase_order<Shared>(num_units(layer.o_proj), 1, layer.o_proj.cols, n);
-    if (phase == kPhaseGateUp)
-        return phase_order<Shared>(num_units(layer.gate_proj), 2, layer.gate_proj.cols, n);
-    if (phase == kPhaseDown)
-        return phase_order<Shared>(num_units(layer.down_proj), 1, layer.down_proj.cols, n);
+    if (phase == kPhaseGateUp || phase == kPhaseDown) {
+        PhaseOrder gate_up = phase_order<Shared>(num_units(layer.gate_proj), 2, layer.gate_proj.cols, n);
+        int most_units = (num_units(layer.gate_proj) + (int)gridDim.x - 1) / (int)gridDim.x;
+        gate_up.units_per_round = min(gate_up.units_per_round, most_units - most_units * 3 / 8);
+        if (phase == kPhaseGateUp) return gate_up;
+        PhaseOrder down = phase_order<Shared>(num_units(layer.down_proj), 1, layer.down_proj.cols, n);
+        down.early_cols = min(down.cols, gate_up.units_per_round * (int)gridDim.x * kUnitRows);
+        down.chunks_per_group = min(down.chunks_per_group, max(1, down.early_cols / NUMERICS_CHUNK));
+        return down;
+    }
     return phase_order<Shared>(num_units(args.problem.lm_head), 1, args.problem.lm_head.cols, n);
 }
 

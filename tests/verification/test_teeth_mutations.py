@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from verification.mutants.build import ROOT
 from verification.mutants.catalogue import CatalogueError
 from verification.mutants.faults import CPU, GPU, Edit
+from verification.teeth import checks
 from verification.teeth.c_mutations import is_statement, mutable_lines, mutations
 from verification.teeth.generate import (
     NOT_POLICY,
@@ -104,6 +105,13 @@ class TestTheSample:
 
         assert {"csrc/kernels/linear_many.cu", "csrc/kernels/decode_step.cuh"} <= names
         assert not names & set(sources(ROOT, CPU))
+
+    def test_a_kernels_arithmetic_is_held_to_its_test_without_a_device_first(self):
+        for file, test in checks.HOST_TESTS.items():
+            asked = checks.for_generated(file, GPU, ROOT)
+
+            assert asked[0] == checks.tests(test) and (ROOT / file).exists()
+            assert all(check.request["marks"] == checks.GPU_MARK for check in asked[1:])
 
     def test_what_is_no_policy_exists(self):
         assert [n for n in NOT_POLICY if not (ROOT / "engine" / f"{n}.py").exists()] == []

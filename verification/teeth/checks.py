@@ -118,6 +118,7 @@ KERNEL_TESTS = {
     "pack_weight": ("tests/kernels/test_bits_linear.py",),
     "decode": ("tests/kernels/test_bits_decode_step.py",),
     "decode_batch": ("tests/kernels/test_bits_decode_batch.py",),
+    "device": ("tests/kernels/test_device_memory.py",),
     "edit_logits": ("tests/kernels/test_bits_sample.py",),
     "sample": ("tests/kernels/test_bits_sample.py",),
     "score_tokens": ("tests/kernels/test_bits_sample.py",),
@@ -129,6 +130,10 @@ KERNEL_TESTS = {
     "rotary_embedding": ("tests/kernels/test_bits_rotary_embedding.py",),
     "tensor_core_step": ("tests/kernels/test_bits_tensor_core_step.py",),
 }
+
+
+# What a kernel's arithmetic is held to without a device; asked first in the GPU's lane.
+HOST_TESTS = {"csrc/kernels/decode_batch_line.cuh": "tests/kernels/test_decode_batch_line.py"}
 
 
 def own_tests(file: str, root: Path) -> tuple[str, ...]:
@@ -154,8 +159,9 @@ def for_generated(file: str, device: str, root: Path) -> tuple[Check, ...]:
     """Every check that a generated fault meets until one fails: its own tests, then all others."""
     own = own_tests(file, root)
     if device == GPU:
-        found = [*own, *gpu_tests(root)]
-        return tuple(tests(path, GPU) for path in dict.fromkeys(found))
+        on_host = [tests(HOST_TESTS[file])] if file in HOST_TESTS else []
+        found = dict.fromkeys([*own, *gpu_tests(root)])
+        return (*on_host, *(tests(path, GPU) for path in found))
     of_c = file.startswith("csrc/")
     folders = ("twin", "model", "runtime", "system") if of_c else ("engine", "system")
     wide = [path for folder in folders for path in _test_files(f"tests/{folder}", root)]

@@ -51,7 +51,7 @@ class RunningBatch:
         self._id_starts = np.arange(0, self.token_ids.size, max_seq_len)
         self._counting = np.arange(max_num_seqs + 1, dtype=np.int32)
         self.block_tables = np.zeros((max_num_seqs, 0), np.int32)
-        self._widen(1)
+        self._set_width(1)
         self._num_steps = 0  # committed
         self._ahead_of: int | None = None  # the value of _num_steps at which next_slots hold
         # Of a step in which every row decodes; the same while no row comes or goes.
@@ -94,7 +94,7 @@ class RunningBatch:
                 sampler.append(token_id)
             self._edits.put(row, sampler)
         if len(sequence.block_table) > self.block_tables.shape[1]:
-            self._widen(len(sequence.block_table))
+            self._set_width(len(sequence.block_table))
         self.block_tables[row, : len(sequence.block_table)] = sequence.block_table
         self._count_slots(sequence)
         self._ahead_of = None  # it has no slot yet
@@ -127,7 +127,7 @@ class RunningBatch:
         if width > FIRST_WIDTH and 2 * len(sequence.block_table) > width:  # it may have been alone
             most_slots = int(self.num_slots[: self.num_seqs].max(initial=1))
             if 2 * most_slots <= width * self.block_size:
-                self._widen(most_slots >> self._block_shift)
+                self._set_width(most_slots >> self._block_shift)
 
     def tokens(self, sequence: Sequence) -> list[int]:
         """All tokens of a running sequence."""
@@ -137,7 +137,7 @@ class RunningBatch:
         """Take over the last block of a sequence's table, which is new."""
         last = len(sequence.block_table) - 1
         if last == self.block_tables.shape[1]:
-            self._widen(last + 1)
+            self._set_width(last + 1)
         self.block_tables[sequence.row, last] = sequence.block_table[last]
         self._count_slots(sequence)
 
@@ -264,7 +264,7 @@ class RunningBatch:
         slots <<= self._block_shift
         return np.bitwise_or(slots, positions & self._block_mask, out=out)
 
-    def _widen(self, num_blocks: int) -> None:
+    def _set_width(self, num_blocks: int) -> None:
         """Make block_tables so wide, rounded up to a power of two: few widths come up.
 
         No wider, since whole rows are most of what a step copies.

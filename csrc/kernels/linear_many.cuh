@@ -149,6 +149,8 @@ class UnitWriter {
     int next_ = Operation::kUnits + 1;  // the unit to be fetched; the one before it is to be written
 };
 
+// Two accumulators by turns: a chunk's sums are added, and a tile's staged, while the next chunk's products
+// are computed.
 template <typename Operation>
 static __device__ __forceinline__ void consume(uint32_t ring, RingBarriers<kStages> &barriers,
                                                const ManyTiles &tiles, const Operation &operation,
@@ -157,25 +159,40 @@ static __device__ __forceinline__ void consume(uint32_t ring, RingBarriers<kStag
     RingPlace ring_place;
     WarpTile tile = {staging, kBlockRows, 0, tiles.num_tokens, 0, lane};
     UnitWriter<Operation> writer(operation, tile);
-    for (int index = blockIdx.x; index < tiles.token_tiles * tiles.row_tiles; index += gridDim.x) {
-        TilePlace place = tile_place(tiles, index);
-        float sum[kSums];
+    int num_tiles = tiles.token_tiles * tiles.row_tiles;
+    int index = blockIdx.x, first_k_tile = 0;  // of the chunk to be multiplied
+    int done_index = index, done_k_tile = 0;   // of the one before: where it ends
+    float sum[kSums], acc[2][kSums];
 #pragma unroll
-        for (int i = 0; i < kSums; ++i) sum[i] = -0.0f;  // adding to it changes no bit
-        for (int first_tile = 0; first_tile < tiles.k_tiles; first_tile += kTilesPerChunk) {
-            float acc[kSums];
-            multiply_chunk(acc, ring, barriers, min(kTilesPerChunk, tiles.k_tiles - first_tile), consumer,
-                           lane, ring_place, [&] { writer.advance(); });
+    for (int i = 0; i < kSums; ++i) sum[i] = acc[1][i] = -0.0f;  // adding it changes no bit
+    auto take = [&](const float (&previous)[kSums]) {
 #pragma unroll
-            for (int i = 0; i < kSums; ++i) sum[i] = __fadd_rn(sum[i], acc[i]);
-        }
+        for (int i = 0; i < kSums; ++i) sum[i] = __fadd_rn(sum[i], previous[i]);
+        if (done_k_tile < tiles.k_tiles) return;
         while (!writer.is_done()) writer.advance();
         __syncwarp();  // what was staged is written
+        TilePlace place = tile_place(tiles, done_index);
         tile.first_token = place.token_tile * kBlockTokens + consumer_warp * kWarpTokens;
         tile.row_tile = place.row_tile;
         if (operation.take(sum, tile)) writer.begin();
         __syncwarp();  // every lane's sums are staged
-    }
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) sum[i] = -0.0f;
+    };
+    auto turn = [&](float (&next)[kSums], const float (&previous)[kSums]) {
+        int count = min(kTilesPerChunk, tiles.k_tiles - first_k_tile);
+        multiply_chunk(
+            next, ring, barriers, count, consumer, lane, ring_place, [&] { take(previous); },
+            [&] { writer.advance(); });
+        done_index = index;
+        done_k_tile = first_k_tile += count;
+        if (first_k_tile == tiles.k_tiles) {
+            first_k_tile = 0;
+            index += gridDim.x;
+        }
+    };
+    take_turns(acc, turn, [&] { return index >= num_tiles; });
+    take(acc[1]);
     if (!writer.is_done()) write_units<Operation::kUnits>(operation, tile);
 }
 

@@ -18,8 +18,10 @@ extern "C" {
 constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 2;
 constexpr int kManyThreads = (1 + kConsumers) * kWarpgroup;
-constexpr int kProducerRegisters = 40;  // per thread; 128 x 40 + 256 x 232 are the multiprocessor's 65536
+constexpr int kProducerRegisters = 40;  // per thread; every one starts with 168 of the 65536
 constexpr int kConsumerRegisters = 232;
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= kManyThreads / kWarpgroup * 168,
+              "nobody gets registers that nobody gives back: the kernel would wait for ever");
 constexpr int kConsumerTokens = 64;  // rows of one wgmma
 constexpr int kConsumerWarps = kConsumers * kWarpgroup / kWarp;
 constexpr int kBlockTokens = kConsumers * kConsumerTokens;
@@ -69,7 +71,8 @@ struct RingBarriers {
 // Where one is in the ring; goes on from tile to tile.
 struct RingPlace {
     int stage = 0;
-    int parity = 0;  // of the turn
+    int parity = 0;     // of the turn
+    int previous = -1;  // the stage before this one, if any
 
     template <int kNumStages>
     __device__ __forceinline__ void advance() {
@@ -95,7 +98,7 @@ class Producer {
         for (int i = 0; i < count; ++i) copy_weights(parts, first_k_tile + i, i);
         wait_for_previous_kernel();
         for (int i = 0; i < count; ++i) copy_tokens(first_token, first_k_tile + i, i);
-        place_ = {count % kNumStages, count == kNumStages};
+        place_ = {count % kNumStages, count == kNumStages, -1};
         return count;
     }
 
@@ -133,18 +136,15 @@ class Producer {
     RingPlace place_;
 };
 
-// A chunk of `count` k tiles for 64 tokens x 128 rows; calls meanwhile() while the tensor cores work.
-template <int kNumStages, typename Meanwhile>
+// A chunk of `count` k tiles for 64 tokens x 128 rows. While the tensor cores work: before_over() once the
+// products before this chunk are over, meanwhile() after each further k tile. The chunk's own products are
+// over when the next one's before_over() is called.
+template <int kNumStages, typename BeforeOver, typename Meanwhile>
 static __device__ __forceinline__ void multiply_chunk(float (&acc)[kSums], uint32_t ring,
                                                       RingBarriers<kNumStages> &barriers, int count,
                                                       int consumer, int lane, RingPlace &place,
-                                                      Meanwhile meanwhile) {
-    // A warp knows only that its own reads are over.
-    auto release = [&](int stage) {
-        if (lane == 0) barrier_arrive(shared_address(&barriers.empty[stage]));
-    };
-    int previous = 0;
-    for (int i = 0; i < count; ++i) {
+                                                      BeforeOver before_over, Meanwhile meanwhile) {
+    auto multiply = [&](bool accumulates) {
         barrier_wait(shared_address(&barriers.full[place.stage]), place.parity);
         uint32_t at = ring + place.stage * kStageBytes;
         uint64_t tokens = matrix_descriptor(at + consumer * kConsumerTokens * kTileRowBytes);
@@ -153,15 +153,46 @@ static __device__ __forceinline__ void multiply_chunk(float (&acc)[kSums], uint3
 #pragma unroll
         for (int step = 0; step < kStepsPerTile; ++step) {
             uint64_t offset = (uint64_t)(step * kStepBytes >> 4);
-            wgmma_k16(acc, tokens + offset, weights + offset, i + step > 0);
+            wgmma_k16(acc, tokens + offset, weights + offset, accumulates || step > 0);
         }
         wgmma_commit();
+    };
+    // A warp knows only that its own reads are over.
+    auto release_previous = [&] {
+        if (lane == 0 && place.previous >= 0)
+            barrier_arrive(shared_address(&barriers.empty[place.previous]));
+        place.previous = place.stage;
+        place.template advance<kNumStages>();
+    };
+    multiply(false);
+    wgmma_wait<1>();
+    release_previous();
+    before_over();
+    for (int i = 1; i < count; ++i) {
+        multiply(true);
         meanwhile();
         wgmma_wait<1>();  // the previous tile is read: its stage may be filled again
-        if (i > 0) release(previous);
-        previous = place.stage;
-        place.template advance<kNumStages>();
+        release_previous();
     }
-    wgmma_wait<0>();
-    release(previous);
+}
+
+// turn(next, previous) for chunk after chunk, two accumulators by turns; what the last one gave is in the
+// second. ptxas must see for which of them products are under way: a turn reads `previous` in no branch, or
+// it puts a wait behind every product.
+template <typename Turn, typename IsOver>
+static __device__ __forceinline__ void take_turns(float (&acc)[2][kSums], Turn turn, IsOver is_over) {
+    while (true) {
+        turn(acc[0], acc[1]);
+        if (is_over()) {
+            wgmma_wait<0>();
+#pragma unroll
+            for (int i = 0; i < kSums; ++i) acc[1][i] = acc[0][i];
+            return;
+        }
+        turn(acc[1], acc[0]);
+        if (is_over()) {
+            wgmma_wait<0>();
+            return;
+        }
+    }
 }

@@ -47,19 +47,29 @@ struct Exchange {
     int rank;
     int lane;
 
-    // Sends half of a chunk's sums; `from` are those of the other block's rows.
-    template <int kFirst>
-    __device__ __forceinline__ void send(const float (&acc)[kSums], int slot) const {
-        uint32_t to = map_shared(slots + slot * kSlotBytes, rank ^ 1);
-        uint32_t barrier = map_shared(arrived + slot * kConsumerWarps * (int)sizeof(uint64_t), rank ^ 1);
+    // Sends a chunk's sums of the other block's rows.
+    __device__ __forceinline__ void send(const float (&acc)[kSums], int turn) const {
+        float others[kHalfSums];  // chosen before the branch: other products are under way
 #pragma unroll
-        for (int i = 0; i < kHalfSums; i += 4)
-            store_async_16(to + i / 4 * kWarp * 16, &acc[kFirst + i], barrier);
+        for (int i = 0; i < kHalfSums; ++i) others[i] = rank == 0 ? acc[kHalfSums + i] : acc[i];
+        if (turn < 0) return;
+        int slot = turn % kSlots;
+        uint32_t barrier = arrived + slot * kConsumerWarps * (int)sizeof(uint64_t);
+        // The neighbour sends this turn's sums after it has ours of the turn before.
+        if (lane == 0) barrier_arrive_expect(barrier, kWarpSlotBytes);
+        uint32_t to = map_shared(slots + slot * kSlotBytes, rank ^ 1);
+        barrier = map_shared(barrier, rank ^ 1);
+#pragma unroll
+        for (int i = 0; i < kHalfSums; i += 4) store_async_16(to + i / 4 * kWarp * 16, &others[i], barrier);
     }
 
     // Adds a turn's two chunks in order: the first is that of the block of rank 0.
-    __device__ __forceinline__ void add_turn(float (&sum)[kHalfSums], const float (&own)[kHalfSums],
-                                             int turn) const {
+    __device__ __forceinline__ void add(float (&sum)[kHalfSums], const float (&acc)[kSums],
+                                        int turn) const {
+        float own[kHalfSums];
+#pragma unroll
+        for (int i = 0; i < kHalfSums; ++i) own[i] = rank == 0 ? acc[i] : acc[kHalfSums + i];
+        if (turn < 0) return;
         int slot = turn % kSlots;
         barrier_wait(arrived + slot * kConsumerWarps * (int)sizeof(uint64_t), turn / kSlots % 2);
 #pragma unroll
@@ -75,32 +85,31 @@ struct Exchange {
     }
 };
 
-// The sums of this block's half of the rows, for 64 tokens.
+// The sums of this block's half of the rows, for 64 tokens. Two accumulators by turns: a chunk's sums are
+// sent and added while the next chunk's products are computed.
+template <typename WhileOnTheirWay>
 static __device__ __forceinline__ void consume_split(float (&sum)[kHalfSums], uint32_t ring,
                                                      SplitBarriers &barriers, const Exchange &exchange,
-                                                     int num_turns, int consumer) {
-    float own[kHalfSums];
+                                                     int num_turns, int consumer,
+                                                     WhileOnTheirWay while_on_their_way) {
+    float acc[2][kSums];
     RingPlace place;
+    int turn = 0;
 #pragma unroll
     for (int i = 0; i < kHalfSums; ++i) sum[i] = -0.0f;  // adding to it changes no bit
-    for (int turn = 0; turn < num_turns; ++turn) {
-        float acc[kSums];
-        int slot = turn % kSlots;
-        // The neighbour sends this turn's sums after it has ours of the turn before.
-        if (exchange.lane == 0)
-            barrier_arrive_expect(exchange.arrived + slot * kConsumerWarps * (int)sizeof(uint64_t),
-                                  kWarpSlotBytes);
-        multiply_chunk(acc, ring, barriers.ring, kTilesPerChunk, consumer, exchange.lane, place, [] {});
-        if (turn > 0) exchange.add_turn(sum, own, turn - 1);
-        if (exchange.rank == 0) {
-            exchange.send<kHalfSums>(acc, slot);
-        } else {
-            exchange.send<0>(acc, slot);
-        }
 #pragma unroll
-        for (int i = 0; i < kHalfSums; ++i) own[i] = exchange.rank == 0 ? acc[i] : acc[kHalfSums + i];
-    }
-    exchange.add_turn(sum, own, num_turns - 1);
+    for (int i = 0; i < kSums; ++i) acc[1][i] = 0.0f;  // of no turn
+    auto take_turn = [&](float (&next)[kSums], const float (&previous)[kSums]) {
+        multiply_chunk(
+            next, ring, barriers.ring, kTilesPerChunk, consumer, exchange.lane, place,
+            [&] { exchange.send(previous, turn - 1); }, [] {});
+        exchange.add(sum, previous, turn - 1);
+        ++turn;
+    };
+    take_turns(acc, take_turn, [&] { return turn == num_turns; });
+    exchange.send(acc[1], turn - 1);
+    while_on_their_way();
+    exchange.add(sum, acc[1], turn - 1);
 }
 
 template <typename Operation>
@@ -138,13 +147,15 @@ static __global__ void __launch_bounds__(kManyThreads, 1)
                          place.row_tile * kSplit + rank,
                          lane};
         typename Operation::Fetched fetched[kHalfUnits];
-#pragma unroll
-        for (int unit = 0; unit < kHalfUnits; ++unit) fetched[unit] = operation.fetch(unit, tile);
         Exchange exchange = {slots + consumer_warp * kWarpSlotBytes + lane * 16,
                              shared_address(&barriers.arrived[0][consumer_warp]), rank, lane};
         float sum[kHalfSums];
         consume_split(sum, ring, barriers, exchange, tiles.k_tiles / kTilesPerChunk / kSplit,
-                      consumer_warp * kWarp / kWarpgroup);
+                      consumer_warp * kWarp / kWarpgroup, [&] {
+#pragma unroll
+                          for (int unit = 0; unit < kHalfUnits; ++unit)
+                              fetched[unit] = operation.fetch(unit, tile);
+                      });
         __syncwarp();  // every lane has read the slot that is about to be staged over
         operation.take(sum, tile);
         __syncwarp();  // every lane's sums are staged

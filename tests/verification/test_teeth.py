@@ -188,6 +188,8 @@ class TestTheMatrix:
 
         assert (made.name, made.title) == ("teeth-cpu-hand", "Kill matrix, CPU lane: hand")
         assert made.command == 'make teeth ARGS="--groups hand --record"'
+        again = record([row(of_catalogue(), killed)], (), (), ONE, CPU, 0.0, sample="--count 9")
+        assert again.command == 'make teeth ARGS="--groups hand --count 9 --record"'
         assert made.tables[0].title == "Not run"
         assert made.tables[0].rows == ((MUSEUM,), (GENERATED,))
 

@@ -128,7 +128,19 @@ def _run(
     # Of all answers, those of earlier runs too, whatever the clock of this run says.
     seconds = sum(answer.seconds for result in results for answer in result.answers)
     controls = Controls(len(controls), num_problems)
-    made = record(rows, load_exhibits(), equivalents, controls, device, seconds, places, left_out)
+    sample = "" if options.count is None else f"--count {options.count}"
+    sample += "" if options.seed == SEED else f" --seed {options.seed}"
+    made = record(
+        rows,
+        load_exhibits(),
+        equivalents,
+        controls,
+        device,
+        seconds,
+        places,
+        left_out,
+        sample.strip(),
+    )
     return made, rows
 
 

@@ -43,12 +43,14 @@ def record(
     seconds: float,
     places: Sequence[Place] = (),
     left_out: Sequence[Planted] = (),
+    sample: str = "",
 ) -> Evidence:
     """The record of one lane; one of some groups carries their names.
 
     Args:
         places: where the answers were found; this machine where none are given.
         left_out: faults without an answer; no share of them is claimed.
+        sample: the options that chose the generated faults, where they were given.
     """
     asked = dict.fromkeys(row.planted.group for row in rows)
     by_group = {
@@ -60,7 +62,9 @@ def record(
         "-".join((f"teeth-{device}", *(asked if is_part else ()))),
         f"Kill matrix, {device.upper()} lane" + (f": {', '.join(asked)}" if is_part else ""),
         QUESTION.format(levels=", ".join(LEVELS)),
-        "make teeth" + (" DEVICE=cuda" if device == GPU else "") + _arguments(asked, is_part),
+        "make teeth"
+        + (" DEVICE=cuda" if device == GPU else "")
+        + _arguments(asked if is_part else (), sample),
         tuple(_scores(by_group, controls)),
         tuple(_tables(by_group, exhibits, equivalents, left_out)),
         seconds,
@@ -68,8 +72,12 @@ def record(
     )
 
 
-def _arguments(asked: Iterable[str], is_part: bool) -> str:
-    return f' ARGS="--groups {",".join(asked)} --record"' if is_part else ""
+def _arguments(groups: Iterable[str], sample: str) -> str:
+    groups = ",".join(groups)
+    words = [f"--groups {groups}"] if groups else []
+    words += [sample] if sample else []
+    words += ["--record"] if groups else []
+    return f' ARGS="{" ".join(words)}"' if words else ""
 
 
 def _scores(by_group: dict[str, Tally], controls: Controls):

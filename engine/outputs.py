@@ -3,10 +3,48 @@
 Plain data under vLLM's names; knows nothing of how it came about.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
 
 from engine.sequence import FinishReason
+
+Item = TypeVar("Item")
+
+
+class Beginning(Sequence[Item]):
+    """The first items of a list that only grows, as a tuple would have them, without copying them.
+
+    An answer that is streamed has one for each of its tokens: copies would take longer with each.
+    """
+
+    __slots__ = ("_count", "_items")
+
+    def __init__(self, items: list[Item]) -> None:
+        self._items, self._count = items, len(items)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int | slice) -> Item | tuple[Item, ...]:
+        if isinstance(index, slice):
+            return tuple(self._items[i] for i in range(*index.indices(self._count)))
+        return self._items[range(self._count)[index]]
+
+    def __iter__(self) -> Iterator[Item]:
+        return islice(self._items, self._count)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Beginning | tuple):
+            return NotImplemented
+        return len(self) == len(other) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
 
 
 @dataclass(frozen=True)
@@ -29,9 +67,9 @@ class CompletionOutput:
     index: int  # 0 .. n - 1
     text: str  # what is certain: it never shrinks and never changes
     delta: str  # the end of `text`, new since the request's output before
-    token_ids: tuple[int, ...]  # with the token that ended it
+    token_ids: Sequence[int]  # with the token that ended it
     cumulative_logprob: float | None  # None: logprobs were not asked for
-    logprobs: tuple[TokenLogprobs, ...] | None  # one per token of token_ids
+    logprobs: Sequence[TokenLogprobs] | None  # one per token of token_ids
     finish_reason: FinishReason | None  # None: more may come
     stop_reason: int | str | None  # the stop token or string, if not an end token of the model
 

@@ -7,7 +7,14 @@ anything runs; knows nothing of batches, blocks or C.
 from collections.abc import Sequence as Items
 
 from engine.answer_text import AnswerText
-from engine.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs, Usage
+from engine.outputs import (
+    Beginning,
+    CompletionOutput,
+    Logprob,
+    RequestOutput,
+    TokenLogprobs,
+    Usage,
+)
 from engine.sampling import Logprobs
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
@@ -75,14 +82,15 @@ class Answer:
             self._text.finish(may_stop=False)
             text = self._text.released
         delta, self._num_told = text[self._num_told :], len(text)
+        as_told = tuple if sequence.is_finished else Beginning
         has_logprobs = self._params.logprobs is not None
         return CompletionOutput(
             index=sequence.index,
             text=text,
             delta=delta,
-            token_ids=tuple(self._token_ids),
+            token_ids=as_told(self._token_ids),
             cumulative_logprob=self._cumulative_logprob if has_logprobs else None,
-            logprobs=tuple(self._logprobs) if has_logprobs else None,
+            logprobs=as_told(self._logprobs) if has_logprobs else None,
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
         )
@@ -128,7 +136,7 @@ class Request:
     @property
     def is_finished(self) -> bool:
         """Whether every answer has ended."""
-        return all(answer.sequence.is_finished for answer in self.answers)
+        return not any([answer.sequence.finish_reason is None for answer in self.answers])
 
     @property
     def num_prompt_logprobs(self) -> int:

@@ -110,6 +110,16 @@ def test_a_stream_gives_each_token_and_the_whole_at_the_end(llm: LLM):
     assert outputs[-1].outputs[0].token_ids == whole.outputs[0].token_ids
 
 
+def test_what_a_stream_has_told_stays_as_it_was(llm: LLM):
+    answers = [out.outputs[0] for out in llm.stream("hello", replace(GREEDY, logprobs=0))]
+
+    whole = answers[-1]
+    assert type(whole.token_ids) is type(whole.logprobs) is tuple
+    for count, answer in enumerate(answers, start=1):
+        assert answer.token_ids == whole.token_ids[:count]
+        assert answer.logprobs == whole.logprobs[:count]
+
+
 def test_streams_may_be_read_in_turns_and_left(llm: LLM):
     (whole,) = llm.generate("hello", GREEDY)
     first, second = llm.stream("other", GREEDY), llm.stream("hello", GREEDY)

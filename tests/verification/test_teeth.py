@@ -181,6 +181,17 @@ class TestTheMatrix:
         assert Tally((killed,)).wrongly_listed == (killed,)
         assert not made.passed
 
+    def test_a_survivor_is_listed_with_what_would_kill_it(self):
+        generated = replace(from_tested(TESTED), group=GENERATED)
+        alive = Result(generated.id, trees.OK, (answer(generated.checks[0].label, ALIVE),))
+        others = replace(generated, edit=replace(generated.edit, after="c"))
+
+        rows = rows_of([generated, others], [alive, alive], [], {generated.edit: "a longer row"})
+
+        made = record(rows, (), (), ONE, CPU, 0.0)
+        table = next(table for table in made.tables if "survived" in table.title)
+        assert [cells[2] for cells in table.rows] == ["a longer row", None]
+
     def test_groups_that_were_not_run_are_told(self):
         killed = answer("verify", named=of_catalogue().expected, levels=("local",))
 

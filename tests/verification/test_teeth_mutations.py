@@ -12,6 +12,7 @@ from verification.teeth.generate import (
     generated,
     lines_of,
     load_equivalents,
+    load_survivors,
     sources,
     with_equivalents,
 )
@@ -173,6 +174,10 @@ class TestEquivalents:
 
         mine = {file for device in (CPU, GPU) for file in sources(ROOT, device)}
         assert {each.edit.file for each in listed} <= mine
+
+    def test_every_known_survivor_applies(self):
+        for each in load_survivors():
+            each.edit.apply((ROOT / each.edit.file).read_text())
 
     @pytest.mark.parametrize("reason", ["", "equivalent", "is so"])
     def test_one_without_a_reason_is_refused(self, tmp_path, reason: str):

@@ -21,7 +21,13 @@ from verification.mutants.build import ROOT
 from verification.mutants.catalogue import choose
 from verification.mutants.faults import CPU, GPU
 from verification.teeth import arena
-from verification.teeth.generate import SEED, generated, load_equivalents, with_equivalents
+from verification.teeth.generate import (
+    SEED,
+    generated,
+    load_equivalents,
+    load_survivors,
+    with_equivalents,
+)
 from verification.teeth.matrix import Row, Tally, rows_of
 from verification.teeth.museum import hang, load_exhibits, own_faults
 from verification.teeth.plan import (
@@ -121,7 +127,8 @@ def _run(
     tried = {result.id for result in results}
     left_out = [each for each in planted if each.id not in tried]
     planted = [each for each in planted if each.id in tried]
-    rows = rows_of(planted, results, [each.edit for each in equivalents])
+    needs = {each.edit: each.needs for each in load_survivors()}
+    rows = rows_of(planted, results, [each.edit for each in equivalents], needs)
     controls = {answer.label for result in results for answer in result.answers}
     found_at = dict.fromkeys(answer.place for each in results for answer in each.answers)
     places = [cache.get(place) for place in found_at if place]

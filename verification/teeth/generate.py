@@ -19,6 +19,7 @@ from verification.teeth.plan import GENERATED, Planted
 from verification.teeth.python_mutations import mutations_of
 
 EQUIVALENT_PATH = HERE / "equivalent.toml"
+SURVIVOR_PATH = HERE / "survivors.toml"
 SEED = 20261121
 
 CPU_FOLDERS = ("csrc/twin", "csrc/model")
@@ -42,6 +43,14 @@ class Equivalent:
 
     edit: Edit
     reason: str
+
+
+@dataclass(frozen=True)
+class Survivor:
+    """A mutation that no check kills yet, and what would."""
+
+    edit: Edit
+    needs: str
 
 
 @dataclass(frozen=True)
@@ -123,16 +132,26 @@ def load_equivalents(path: Path = EQUIVALENT_PATH) -> tuple[Equivalent, ...]:
     Raises:
         CatalogueError: an entry has unknown or missing fields, or no reason.
     """
-    entries = tomllib.loads(path.read_text(encoding="utf-8")).get("equivalent", [])
-    result = []
-    for entry in entries:
-        if set(entry) - {"occurrence"} != {"file", "before", "after", "reason"}:
-            raise CatalogueError(f"equivalent {entry.get('before')!r}: wrong fields")
-        if len(entry["reason"].split()) < 3:
-            raise CatalogueError(f"equivalent {entry['before']!r}: no reason")
-        edit = Edit(entry["file"], entry["before"], entry["after"], entry.get("occurrence", 0))
-        result.append(Equivalent(edit, entry["reason"]))
-    return tuple(result)
+    return tuple(Equivalent(*each) for each in _listed(path, "equivalent", "reason"))
+
+
+def load_survivors(path: Path = SURVIVOR_PATH) -> tuple[Survivor, ...]:
+    """Reads the list of those that are known to live.
+
+    Raises:
+        CatalogueError: an entry has unknown or missing fields, or nothing that would kill it.
+    """
+    return tuple(Survivor(*each) for each in _listed(path, "survivor", "needs"))
+
+
+def _listed(path: Path, kind: str, words: str) -> Iterator[tuple[Edit, str]]:
+    for entry in tomllib.loads(path.read_text(encoding="utf-8")).get(kind, []):
+        if set(entry) - {"occurrence"} != {"file", "before", "after", words}:
+            raise CatalogueError(f"{kind} {entry.get('before')!r}: wrong fields")
+        if len(entry[words].split()) < 3:
+            raise CatalogueError(f"{kind} {entry['before']!r}: no {words}")
+        place = entry.get("occurrence", 0)
+        yield Edit(entry["file"], entry["before"], entry["after"], place), entry[words]
 
 
 def with_equivalents(

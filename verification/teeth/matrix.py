@@ -4,7 +4,7 @@ Decides what counts; knows nothing of how anything was run. Invariant: a fault m
 as killed only where its entry says that it must die: another check's luck is no kill.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from verification.mutants.faults import Edit
@@ -21,11 +21,13 @@ class Row:
 
     Args:
         is_equivalent: the list says so.
+        needs: of one that is known to live, what would kill it.
     """
 
     planted: Planted
     result: Result
     is_equivalent: bool = False
+    needs: str = ""
 
     @property
     def is_planted(self) -> bool:
@@ -92,11 +94,18 @@ class Row:
 
 
 def rows_of(
-    planted: Sequence[Planted], results: Sequence[Result], equivalents: Sequence[Edit]
+    planted: Sequence[Planted],
+    results: Sequence[Result],
+    equivalents: Sequence[Edit],
+    needs: Mapping[Edit, str] | None = None,
 ) -> list[Row]:
-    """The matrix."""
+    """The matrix.
+
+    Args:
+        needs: what would kill those that are known to live.
+    """
     return [
-        Row(each, result, each.edit in equivalents)
+        Row(each, result, each.edit in equivalents, (needs or {}).get(each.edit, ""))
         for each, result in zip(planted, results, strict=True)
     ]
 

@@ -132,8 +132,8 @@ def _tables(
         yield _by_file(generated.rows)
         yield Table(
             "Generated faults that survived",
-            ("where", "fault"),
-            tuple((row.planted.id, row.planted.fault) for row in generated.survivors),
+            ("where", "fault", "what would kill it"),
+            tuple((r.planted.id, r.planted.fault, r.needs or None) for r in generated.survivors),
             "Each is a hole: the list is here to be emptied by better tests.",
         )
         files = {row.planted.edit.file for row in generated.rows}

@@ -56,19 +56,6 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
         : "memory");
 }
 
-// Waits likewise for arrivals from other blocks of the cluster: what they did before is over.
-__device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, int parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n"
-        "}\n" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
-
 // Whether it has ended.
 __device__ __forceinline__ bool barrier_is_over(uint32_t barrier, int parity) {
     int is_over;
@@ -119,6 +106,12 @@ __device__ __forceinline__ void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// The same for global memory: what this thread wrote there, or knows to be written, comes before bulk copies
+// that read it.
+__device__ __forceinline__ void fence_async_proxy_global() {
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 // barrier.cluster (PTX ISA 9.7.13.3): what the cluster's threads wrote before arriving is visible after
 // waiting.
 __device__ __forceinline__ void cluster_arrive() {
@@ -134,11 +127,6 @@ __device__ __forceinline__ uint32_t map_shared(uint32_t address, int rank) {
     uint32_t mapped;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
     return mapped;
-}
-
-// mbarrier.arrive (PTX ISA 9.7.13.15.13) at another block's barrier, named by map_shared.
-__device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // st.async (PTX ISA 9.7.9.12): 16 bytes into another block's shared memory, counted on its barrier there.

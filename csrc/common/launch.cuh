@@ -28,23 +28,3 @@ Status launch_chained(void (*kernel)(Parameters...), dim3 grid, int threads, siz
                                              (int)shared_bytes)));
     return CUDA_STATUS(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
-
-// How many clusters of such a kernel the device holds at once: a cluster's blocks need places near each
-// other, and the groups of multiprocessors that give them differ from card to card.
-template <typename... Parameters>
-Status count_resident_clusters(int *count, void (*kernel)(Parameters...), int threads, size_t shared_bytes,
-                               int cluster_size) {
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {(unsigned)cluster_size, 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)cluster_size);
-    config.blockDim = dim3((unsigned)threads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    TRY(CUDA_STATUS(cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
-                                         cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes)));
-    return CUDA_STATUS(
-        cudaOccupancyMaxActiveClusters(count, reinterpret_cast<const void *>(kernel), &config));
-}

@@ -58,10 +58,15 @@ __device__ __forceinline__ uint32_t transpose_matrix(uint32_t a) {
     return d;
 }
 
-// min (PTX ISA 9.7.3.11): the smaller of two, NaN if either is.
+// min, max (PTX ISA 9.7.3.11, 9.7.3.12): the smaller and the larger of two, NaN if either is.
 __device__ __forceinline__ float min_or_nan(float a, float b) {
     float result;
     asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+    return result;
+}
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+    float result;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
     return result;
 }
 
@@ -127,6 +132,10 @@ __device__ __forceinline__ unsigned add_acquire_release(unsigned *counter, unsig
                  : "l"(counter), "r"(value)
                  : "memory");
     return before;
+}
+// discard (PTX ISA 9.7.9.16): 128 bytes that nobody will read again need not go from the L2 cache to memory.
+__device__ __forceinline__ void discard_line(void *line) {
+    asm volatile("discard.global.L2 [%0], 128;" ::"l"(line) : "memory");
 }
 __device__ __forceinline__ unsigned load_acquire(const unsigned *counter) {
     unsigned value;

@@ -18,6 +18,11 @@ __device__ __forceinline__ uint16_t to_bf16(float value) {
     return __bfloat16_as_ushort(__float2bfloat16_rn(value));
 }
 
+// A product rounded to bf16.
+__device__ __forceinline__ float bf16_product(float a, float b) {
+    return to_float(to_bf16(__fmul_rn(a, b)));
+}
+
 // The two halves of a register that holds two bf16 values, the first in the low half.
 __device__ __forceinline__ float low_float(uint32_t pair) {
     return __uint_as_float(pair << 16);

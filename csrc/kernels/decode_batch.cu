@@ -16,7 +16,8 @@
 #include "decode_batch.cuh"
 
 static int max_segments(int max_seq_len) {
-    return (max_seq_len + kSegmentKeys - 1) / kSegmentKeys;
+    constexpr int kKeys = NUMERICS_TILE * NUMERICS_SEGMENT;
+    return (max_seq_len + kKeys - 1) / kKeys;
 }
 
 // Hands out a workspace piece by piece; with a null start it only counts.
@@ -32,12 +33,23 @@ struct Carver {
     }
 };
 
+// --- buckets: the numbers of sequences for which a step's launches are recorded
+
+constexpr int kBuckets[] = {32, 64, 128, kBatchMaxSeqs};
+constexpr int kNumBuckets = sizeof kBuckets / sizeof *kBuckets;
+
+static int bucket_of(int num_seqs) {
+    int bucket = 0;
+    while (kBuckets[bucket] < num_seqs) ++bucket;
+    return bucket;
+}
+
 static size_t carve(BatchBuffers *buffers, const DecodeProblem &p, int num_multiprocessors,
                     void *workspace) {
     Carver carver = {static_cast<char *>(workspace), 0};
-    size_t seqs = min(p.max_num_seqs, kBatchMaxSeqs);
-    size_t rows = (seqs + kMostTokens - 1) / kMostTokens * kMostTokens;
-    size_t q_size = (size_t)p.num_heads * kTileCols, tiles = batch_vocabulary_tiles(p.lm_head.rows);
+    size_t seqs = min(p.max_num_seqs, kBatchMaxSeqs), rows = kBuckets[bucket_of((int)seqs)];
+    size_t heads = (size_t)p.num_heads + 2 * p.num_kv_heads, q_size = (size_t)p.num_heads * kTileCols;
+    size_t tiles = batch_vocabulary_tiles(p.lm_head.rows);
     buffers->header = carver.take<BatchHeader>(1);
     buffers->residual = carver.take<bf16>(rows * p.hidden_size);
     buffers->normed = carver.take<bf16>(rows * p.hidden_size);
@@ -46,6 +58,15 @@ static size_t carve(BatchBuffers *buffers, const DecodeProblem &p, int num_multi
     buffers->act = carver.take<bf16>(rows * p.intermediate_size);
     buffers->best_values = carver.take<float>(rows * tiles);
     buffers->best_ids = carver.take<int>(rows * tiles);
+    // The sums of every chunk of a linear layer's outputs, in whole tiles of at most 128 rows. They are dead
+    // when the logits are written, and lie there where there is room.
+    size_t most_rows = max((size_t)p.hidden_size, heads * kTileCols);
+    size_t most_cols = max(max(p.hidden_size, p.intermediate_size), p.num_heads * kTileCols);
+    size_t outputs = (most_rows + kMostTokens - 1) / kMostTokens * kMostTokens * rows;
+    size_t vectors = (most_cols + NUMERICS_CHUNK - 1) / NUMERICS_CHUNK * outputs / 4;
+    bool fits = vectors * sizeof(float4) <= seqs * p.lm_head.rows * sizeof(float);
+    buffers->sums = fits ? reinterpret_cast<float4 *>(p.logits) : carver.take<float4>(vectors);
+    buffers->arrivals = carver.take<unsigned>(outputs / (kTileCols * 32));
     // Of the rows that start in one block of the attention, the last alone can go on in the next block.
     size_t blocks = (size_t)num_multiprocessors;
     buffers->tickets = carver.take<unsigned>(blocks);
@@ -77,9 +98,6 @@ static Status launch_layers(const BatchStep &step, cudaStream_t stream) {
 }
 
 // --- graphs
-
-constexpr int kBuckets[] = {32, 64, 128, kBatchMaxSeqs};
-constexpr int kNumBuckets = sizeof kBuckets / sizeof *kBuckets;
 
 struct DecodeGraphs {
     bool has_run[kNumBuckets];  // once without a graph, which loads the kernels
@@ -126,8 +144,7 @@ static Status run_layers(const BatchStep &step, int bucket, cudaStream_t stream)
 
 Status launch_batch_step(const DecodeProblem &problem, const BatchIndex &batch, bool advance,
                          void *workspace, cudaStream_t stream) {
-    int bucket = 0, device = 0;
-    while (kBuckets[bucket] < batch.num_seqs) ++bucket;
+    int bucket = bucket_of(batch.num_seqs), device = 0;
     BatchStep step = {};
     step.problem = problem;
     step.max_segments = max_segments(problem.max_seq_len);

@@ -4,17 +4,18 @@
 // (programmatic dependent launch). Nothing that a step changes is read before wait_for_previous_kernel():
 // before it a kernel may only fetch weights. What differs from step to step is read from memory, so that
 // one graph of launches serves every step of a bucket: up to 32, 64, 128 or 256 sequences.
-//
-// Activations that a linear layer multiplies lie packed: tiles of kTokens tokens, in each the k tiles one
-// after another, [kTokens][64] swizzled as in tile.cuh, so that one bulk copy brings a stage.
 
 #pragma once
 #include "../common/cuda_status.h"
-#include "../common/launch.cuh"
 #include "../common/kv_tile.cuh"
+#include "../common/launch.cuh"
+#include "../common/numerics.h"
 #include "../common/ptx.cuh"
+#include "../common/tile.cuh"
 #include "../common/vector.cuh"
-#include "decode_tile.cuh"
+extern "C" {
+#include "kernels.h"
+}
 
 constexpr int kBatchMaxSeqs = 256;
 constexpr int kMostTokens = 128;  // of a token tile
@@ -28,16 +29,19 @@ struct BatchHeader {
     int lengths[kBatchMaxSeqs];   // of the sequences, their new token included; 0 beyond the last
 };
 
-// The workspace of such a step. Packed buffers have room for whole token tiles.
+// The workspace of such a step. Activations have room for whole token tiles; rows beyond the last sequence's
+// hold what they may.
 struct BatchBuffers {
     BatchHeader *header;
     bf16 *residual;      // [num_seqs, hidden_size]
-    bf16 *normed;        // packed, hidden_size columns
+    bf16 *normed;        // [num_seqs, hidden_size]
     bf16 *q;             // [num_seqs, num_heads, 64], rotated
-    bf16 *attn;          // packed, num_heads * 64 columns
-    bf16 *act;           // packed, intermediate_size columns
+    bf16 *attn;          // [num_seqs, num_heads, 64]
+    bf16 *act;           // [num_seqs, intermediate_size]
     float *best_values;  // [num_seqs, vocabulary tiles]
     int *best_ids;       // [num_seqs, vocabulary tiles]
+    float4 *sums;        // of the tiles that several blocks share: decode_batch_exchange.cuh
+    unsigned *arrivals;  // of those tiles, zero between uses
     unsigned *tickets;   // [num_multiprocessors], zero between uses
     void *segments;      // [num_multiprocessors, max_segments], batch_partial_bytes each
 };
@@ -56,12 +60,6 @@ inline int batch_token_tiles(const BatchStep &step) {
     return step.bucket / step.tile_tokens;
 }
 
-// Offset, in values, of chunk `chunk` of the row of `token` in a packed buffer of k_tiles k tiles.
-__device__ __forceinline__ size_t packed_row_offset(int token, int chunk, int k_tiles, int tile_tokens) {
-    size_t tile = (size_t)(token / tile_tokens) * k_tiles + chunk / kChunksPerRow;
-    return tile * tile_tokens * kTileCols + tile_offset(token % tile_tokens, chunk % kChunksPerRow);
-}
-
 // The step's kernels, in the order of a layer.
 Status launch_batch_embedding(const BatchStep &step, const BatchIndex &batch, cudaStream_t stream);
 Status launch_batch_norm(const BatchStep &step, const bf16 *weight, cudaStream_t stream);
@@ -73,6 +71,9 @@ Status launch_batch_gate_up(const BatchStep &step, const DecodeLayer &layer, cud
 Status launch_batch_down(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream);
 Status launch_batch_head(const BatchStep &step, cudaStream_t stream);
 int batch_vocabulary_tiles(int vocab_size);
+// Gate, up and the head of more than 64 sequences (decode_batch_many.cu).
+Status launch_batch_gate_up_many(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream);
+Status launch_batch_head_many(const BatchStep &step, cudaStream_t stream);
 Status launch_batch_output(const BatchStep &step, const BatchIndex &batch, bool advance,
                            cudaStream_t stream);
 

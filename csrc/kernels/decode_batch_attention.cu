@@ -2,7 +2,7 @@
 //
 //   out[t, h] = fold of segments, ascending, of folds of tiles, ascending
 //
-// Shapes    q [num_seqs, num_heads, 64]; out packed (decode_batch.cuh), k tile h being head h
+// Shapes    q, out [num_seqs, num_heads, 64]
 // Rounding  docs/numerics.md section 4
 // Mapping   persistent; a thread block takes a run of the line of all tiles (decode_batch_line.cuh), its
 //           eight warps the run's tiles in turn; a ninth copies K and V into a ring for each, ahead of
@@ -93,19 +93,14 @@ struct LaneHead {
     __device__ __forceinline__ void write(const RowState &state, const AttentionArguments &args,
                                           const TilePlace &at) const {
         float inverse[2] = {__frcp_rn(state.sum[0]), __frcp_rn(state.sum[1])};
-        bool is_packed = args.mixed.cu_seqlens_q == nullptr;
-        int head = at.kv_head * group + index;
-        size_t first = is_packed ? packed_row_offset(at.sequence, head * kChunksPerRow, args.num_heads,
-                                                     args.tile_tokens)
-                                 : (row_of(args, at.sequence) * args.num_heads + head) * kTileCols;
+        size_t row = row_of(args, at.sequence) * args.num_heads + at.kv_head * group + index;
+        bf16 *to = args.out + row * kTileCols + threadIdx.x % 4 * 2;
 #pragma unroll
         for (int c = 0; c < kChunksPerRow; ++c) {
             const float (&values)[4] = state.values[c / 2];
             uint32_t pair = transpose_matrix(pack_bf16(__fmul_rn(values[c % 2 * 2], inverse[0]),
                                                        __fmul_rn(values[c % 2 * 2 + 1], inverse[1])));
-            // Chunk c, where packed under the swizzle; a row that is not starts at a multiple of 64.
-            bf16 *to = args.out + (first ^ (c * kChunkValues)) + threadIdx.x % 4 * 2;
-            if (exists) *reinterpret_cast<uint32_t *>(to) = pair;
+            if (exists) *reinterpret_cast<uint32_t *>(to + c * kChunkValues) = pair;
         }
     }
 };
@@ -300,7 +295,6 @@ Status launch_batch_attention(const BatchStep &step, const DecodeLayer &layer, c
     args.tickets = step.buffers.tickets;
     args.segments = step.buffers.segments;
     args.max_segments = step.max_segments;
-    args.tile_tokens = step.tile_tokens;
     return launch(args, layer.cache, step.problem.num_heads, step.num_multiprocessors, stream);
 }
 

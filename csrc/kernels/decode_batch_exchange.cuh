@@ -1,118 +1,160 @@
-// decode_batch_exchange.cuh -- how the thread blocks of a cluster share out K: rank r multiplies chunks r,
-// r + ranks, .. and sends each chunk's sums to the blocks that own its tokens, which add them in order.
+// decode_batch_exchange.cuh -- how thread blocks share out K: of the kRanks blocks of a tile, block r
+// multiplies chunks r, r + kRanks, .. and writes each chunk's sums to memory while it multiplies the next;
+// when the sums of all are there, it adds up those of its share of the tokens, in the order of the chunks.
+// With one block there is nothing to exchange.
 //
-// A round is one chunk of every rank. The sums of a round are added up while the next round's chunk is
-// multiplied; one buffer serves all rounds.
+// A block waits for the others of its tile, whose indices are the next to its own. Blocks start in the order
+// of their indices, so whoever waits waits for blocks that run or are the next to start.
 
 #pragma once
 #include "decode_batch_linear.cuh"
 
+constexpr int kLineBytes = 128;  // of the L2 cache
 constexpr int kStagedColumns = kGroupRows + kVector;
 
-// The ranks' chunk sums of a round in their owner's memory: [groups][ranks][fragments][kWarpgroup] float4.
 template <int kTokens_, int kRanks_>
 struct SplitShape {
     static constexpr int kTokens = kTokens_, kRanks = kRanks_;
-    static constexpr int kGroups = kTokens == kMostTokens ? 2 : 1;
-    using Stage = StageShape<kTokens, kGroups, kMostTokens / kTokens>;
+    static constexpr int kGroups = kTokens == kMostTokens && kRanks > 1 ? 2 : 1;
+    using Stage = StageShape<kTokens, kGroups, kTokens == kMostTokens ? 1 : 2>;
+    // With few tokens two blocks share a multiprocessor.
+    static constexpr int kResident = kTokens == 32 ? 2 : 1;
+    static constexpr int kSharedBytes = (kResident == 2 ? 112 : 226) * 1024;
     static constexpr int kConsumers = kGroups * kWarpgroup;
     static constexpr int kThreads =
-        kConsumers + (kGroups == 2 ? kWarpgroup : kWarp);                     // the producer's last
-    static constexpr int kAllFragments = kTokens / 8;                         // of eight tokens
-    static constexpr int kFragments = (kAllFragments + kRanks - 1) / kRanks;  // that a block owns at most
-    static constexpr int kRankBytes = kFragments * kWarpgroup * 16;
-    static constexpr int kGroupBytes = kRanks * kRankBytes;
-    static constexpr int kBufferBytes = kGroups * kGroupBytes;
-    static_assert(kFragments * 8 * kStagedColumns * (int)sizeof(bf16) <= kGroupBytes,
-                  "staged in the buffer");
-
-    static __device__ int own_fragments(int rank) {
-        return max(0, min(kFragments, kAllFragments - rank * kFragments));
-    }
+        kConsumers + (kGroups == 2 ? kWarpgroup : kWarp);         // the producer's last
+    static constexpr int kAllFragments = kTokens / 8;             // of eight tokens
+    static constexpr int kFragments = kAllFragments / kRanks;     // that a block owns
+    static constexpr int kPartVectors = kFragments * kConsumers;  // of a chunk's sums, what one block owns
+    static constexpr int kPartBytes = kPartVectors * (int)sizeof(float4);
+    static constexpr int kPartsPerStage = Stage::kBytes / kPartBytes;
+    static constexpr int kStagedValues = kFragments * 8 * kStagedColumns;  // of a group
+    static_assert(kRanks == 1 || (kFragments > 0 && kPartsPerStage > 0),
+                  "a share each, that fits in a stage");
 };
 
-// A group's exchange of chunk sums: the same warpgroup of every block of the cluster takes part.
+// A tile's chunk sums in memory.
 struct Exchange {
-    uint32_t buffer;    // this group's
-    uint32_t received;  // a round's sums are in the buffer
-    uint32_t folded;    // by every warp of every block: the buffers may be written again
-};
+    float4 *sums;        // [kRanks, num_chunks, kFragments, kConsumers]
+    unsigned *arrivals;  // of the tile's blocks, twice: with their sums, and having seen the others'
+    int num_chunks, rank;
 
-template <typename Shape>
-static __device__ __forceinline__ void send_chunk(const float (&acc)[Shape::kTokens / 2],
-                                                  const Exchange &exchange, int rank, int member) {
-#pragma unroll
-    for (int f = 0; f < Shape::kAllFragments; ++f) {
-        int owner = f / Shape::kFragments, place_of_owner = f % Shape::kFragments;
-        uint32_t to =
-            exchange.buffer + rank * Shape::kRankBytes + (place_of_owner * kWarpgroup + member) * 16;
-        store_async_16(map_shared(to, owner), &acc[4 * f], map_shared(exchange.received, owner));
+    // Of the blocks' share `part` of a chunk.
+    template <typename Shape>
+    __device__ __forceinline__ float4 *place(int part, int chunk) const {
+        return sums + (size_t)(part * num_chunks + chunk) * Shape::kPartVectors;
     }
-}
 
-// Adds a round's chunk sums, which are on their way, to this block's, in the order of the chunks.
-template <typename Shape>
-static __device__ __forceinline__ void fold_round(float (&sums)[Shape::kFragments][4],
-                                                  const Exchange &exchange, int round, int num_senders,
-                                                  bool is_last, int rank, int member) {
-    int own = Shape::own_fragments(rank);
-    if (member == 0) barrier_arrive_expect(exchange.received, num_senders * own * kWarpgroup * 16);
-    barrier_wait(exchange.received, round % 2);
+    // Fragments first .. last - 1 of a chunk's sums.
+    template <typename Shape>
+    __device__ __forceinline__ void store(const float (&acc)[Shape::kTokens / 2], int chunk, int first,
+                                          int last, int thread) const {
 #pragma unroll
-    for (int sender = 0; sender < Shape::kRanks; ++sender) {
-        if (sender >= num_senders) break;
-#pragma unroll
-        for (int f = 0; f < Shape::kFragments; ++f) {
-            if (f >= own) break;
-            float4 v = load_shared_16(exchange.buffer + sender * Shape::kRankBytes +
-                                      (f * kWarpgroup + member) * 16);
-            const float values[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-            for (int e = 0; e < 4; ++e) sums[f][e] = __fadd_rn(sums[f][e], values[e]);
+        for (int f = 0; f < Shape::kAllFragments; ++f) {
+            if (f < first || f >= last) continue;
+            place<Shape>(f / Shape::kFragments, chunk)[f % Shape::kFragments * Shape::kConsumers + thread] =
+                make_float4(acc[4 * f], acc[4 * f + 1], acc[4 * f + 2], acc[4 * f + 3]);
         }
     }
-    __syncwarp();  // the warp has read the buffer
-    int lane = member % kWarp;
-    if (!is_last && lane < Shape::kRanks) barrier_arrive_remote(map_shared(exchange.folded, lane));
+
+    // By every consumer, when its last sums are stored.
+    template <typename Shape>
+    __device__ __forceinline__ void report(int thread) const {
+        fence_async_proxy_global();  // the other blocks' copies read what this thread has stored
+        named_barrier_sync<1, Shape::kConsumers>();  // every thread has stored
+        if (thread != 0) return;
+        fence_gpu();  // the block's sums are out before it reports
+        add_relaxed(arrivals, 1);
+    }
+
+    // By the producer: until every block's sums are there.
+    template <typename Shape>
+    __device__ __forceinline__ void await() const {
+        while (load_acquire(arrivals) < Shape::kRanks) {
+        }
+        fence_async_proxy_global();
+    }
+    // By the producer, when it has seen them: the last one leaves the counter to the next kernel.
+    template <typename Shape>
+    __device__ __forceinline__ void leave() const {
+        if (atomicAdd(arrivals, 1) == 2 * Shape::kRanks - 1) *arrivals = 0;
+    }
+};
+
+// This block's share of every chunk's sums, as many chunks at a time as a stage holds.
+template <typename Shape>
+static __device__ __forceinline__ void copy_parts(const Ring &ring, RingPlace &place,
+                                                  const Exchange &exchange) {
+    for (int first = 0; first < exchange.num_chunks; first += Shape::kPartsPerStage, place.advance(ring)) {
+        int bytes = min(Shape::kPartsPerStage, exchange.num_chunks - first) * Shape::kPartBytes;
+        uint32_t full = shared_address(&ring.full[place.stage]);
+        barrier_wait(shared_address(&ring.empty[place.stage]), place.parity ^ 1);
+        barrier_arrive_expect(full, bytes);
+        copy_bulk(ring.base + place.stage * Shape::Stage::kBytes,
+                  exchange.template place<Shape>(exchange.rank, first), bytes, full);
+    }
 }
 
-// This block's tokens' sums, 64 rows, in the order of the chunks.
+// This block's tokens' sums, 64 rows of each group, in the order of the chunks.
+template <typename Shape>
+static __device__ __forceinline__ void add_parts(float (&sums)[Shape::kFragments][4], const Ring &ring,
+                                                 RingPlace &place, const Exchange &exchange, int thread) {
+    for (int first = 0; first < exchange.num_chunks; first += Shape::kPartsPerStage, place.advance(ring)) {
+        barrier_wait(shared_address(&ring.full[place.stage]), place.parity);
+        uint32_t from = ring.base + place.stage * Shape::Stage::kBytes + thread * (int)sizeof(float4);
+        int count = min(Shape::kPartsPerStage, exchange.num_chunks - first);
+        for (int i = 0; i < count; ++i, from += Shape::kPartBytes) {
+#pragma unroll
+            for (int f = 0; f < Shape::kFragments; ++f) {
+                float4 v = load_shared_16(from + f * Shape::kConsumers * (int)sizeof(float4));
+                const float values[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sums[f][e] = __fadd_rn(sums[f][e], values[e]);
+            }
+        }
+        release_stage(ring, place.stage);
+    }
+    char *parts = reinterpret_cast<char *>(exchange.template place<Shape>(exchange.rank, 0));
+    for (int i = thread * kLineBytes; i < exchange.num_chunks * Shape::kPartBytes;
+         i += Shape::kConsumers * kLineBytes)
+        discard_line(parts + i);
+}
+
 template <typename Shape>
 static __device__ __forceinline__ void consume(float (&sums)[Shape::kFragments][4], int k_tiles,
-                                               const Ring &ring, const Exchange &exchange, int rank,
-                                               int group, int member) {
-    int num_chunks = (k_tiles + kTilesPerChunk - 1) / kTilesPerChunk;
-    int num_rounds = (num_chunks + Shape::kRanks - 1) / Shape::kRanks;
-    RingPlace place;
+                                               const Ring &ring, const Exchange &exchange, int thread) {
 #pragma unroll
     for (int f = 0; f < Shape::kFragments; ++f) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) sums[f][e] = -0.0f;  // adding to it changes no bit
     }
-    auto fold = [&](int round) {
-        fold_round<Shape>(sums, exchange, round, min(Shape::kRanks, num_chunks - round * Shape::kRanks),
-                          round == num_rounds - 1, rank, member);
-    };
-    for (int round = 0; round < num_rounds; ++round) {
-        int chunk = round * Shape::kRanks + rank;
-        bool has_chunk = chunk < num_chunks;
-        int count = min(kTilesPerChunk, k_tiles - chunk * kTilesPerChunk);
+    // Of a chunk's fragments so many are stored during each of the next one's k tiles.
+    constexpr int kStoredPerTile = (Shape::kAllFragments + kTilesPerChunk - 1) / kTilesPerChunk;
+    RingPlace place;
+    float before[Shape::kTokens / 2];
+    int stored = Shape::kAllFragments, chunk_before = 0;
+    for (int chunk = exchange.rank; chunk < exchange.num_chunks; chunk += Shape::kRanks) {
         float acc[Shape::kTokens / 2];
-        // The sums of the round before are added while the tensor cores work.
-        if (has_chunk) {
-            multiply_chunk<typename Shape::Stage>(acc, ring, place, group, count, [&](int i) {
-                if (round > 0 && i == count - 1) fold(round - 1);
-            });
-        } else if (round > 0) {
-            fold(round - 1);
+        int count = min(kTilesPerChunk, k_tiles - chunk * kTilesPerChunk);
+        if constexpr (Shape::kRanks == 1) {
+            multiply_chunk<typename Shape::Stage>(acc, ring, place, 0, count, [](int) {});
+#pragma unroll
+            for (int i = 0; i < Shape::kTokens / 2; ++i)
+                sums[i / 4][i % 4] = __fadd_rn(sums[i / 4][i % 4], acc[i]);
+            continue;
         }
-        __syncwarp();
-        if (round == 0) {
-            cluster_wait();  // the other blocks have their barriers
-        } else {
-            barrier_wait_cluster(exchange.folded, (round - 1) % 2);
-        }
-        if (has_chunk) send_chunk<Shape>(acc, exchange, rank, member);
+        multiply_chunk<typename Shape::Stage>(acc, ring, place, thread / kWarpgroup, count, [&](int) {
+            if (stored == Shape::kAllFragments) return;
+            exchange.store<Shape>(before, chunk_before, stored, stored + kStoredPerTile, thread);
+            stored += kStoredPerTile;
+        });
+        exchange.store<Shape>(before, chunk_before, stored, Shape::kAllFragments, thread);
+#pragma unroll
+        for (int i = 0; i < Shape::kTokens / 2; ++i) before[i] = acc[i];
+        stored = 0, chunk_before = chunk;
     }
-    fold(num_rounds - 1);
+    if constexpr (Shape::kRanks == 1) return;
+    exchange.store<Shape>(before, chunk_before, stored, Shape::kAllFragments, thread);
+    exchange.report<Shape>(thread);
+    add_parts<Shape>(sums, ring, place, exchange, thread);
 }

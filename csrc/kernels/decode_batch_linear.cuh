@@ -11,6 +11,10 @@
 #include "decode_batch.cuh"
 
 constexpr int kWarpgroup = 128;
+// Of a thread, where two warpgroups multiply and a third has the producer: 128 x 40 + 256 x 232 are the
+// multiprocessor's 65536.
+constexpr int kProducerRegisters = 40;
+constexpr int kConsumerRegisters = 232;
 constexpr int kGroupRows = 64;
 constexpr int kGroupStrips = kGroupRows / kStripRows;
 constexpr int kStripBytes = kStripValues * (int)sizeof(bf16);
@@ -103,12 +107,22 @@ static __device__ __forceinline__ void copy_weights(const Ring &ring, int stage,
     }
 }
 
+// A token tile's k tiles of a stage, from rows that lie one after another.
 template <typename Shape>
-static __device__ __forceinline__ void copy_tokens(const Ring &ring, int stage, const bf16 *tokens,
-                                                   StageTiles tiles) {
-    copy_bulk(ring.base + stage * Shape::kBytes + Shape::kWeightBytes,
-              tokens + (size_t)tiles.first * Shape::kTokens * kTileCols,
-              tiles.count * Shape::kTokenTileBytes, shared_address(&ring.full[stage]));
+static __device__ __forceinline__ void copy_tokens(const Ring &ring, int stage, const CUtensorMap *tokens,
+                                                   int token_tile, StageTiles tiles) {
+    uint32_t at = ring.base + stage * Shape::kBytes + Shape::kWeightBytes;
+#pragma unroll
+    for (int i = 0; i < Shape::kTiles; ++i) {
+        if (i >= tiles.count) break;
+        copy_box_2d(at + i * Shape::kTokenTileBytes, tokens, (tiles.first + i) * kTileCols,
+                    token_tile * Shape::kTokens, shared_address(&ring.full[stage]));
+    }
+}
+
+// A stage is read by this warp, which knows only of its own reads.
+__device__ __forceinline__ void release_stage(const Ring &ring, int stage) {
+    if (threadIdx.x % kWarp == 0) barrier_arrive(shared_address(&ring.empty[stage]));
 }
 
 // One chunk of `count` k tiles by one warpgroup: acc becomes its chain, 64 rows x kTokens. Calls
@@ -118,10 +132,6 @@ static __device__ __forceinline__ void multiply_chunk(float (&acc)[Shape::kToken
                                                       RingPlace &place, int group, int count,
                                                       Meanwhile meanwhile) {
     int previous = 0;
-    // A warp knows only that its own reads are over.
-    auto release = [&](int stage) {
-        if (threadIdx.x % kWarp == 0) barrier_arrive(shared_address(&ring.empty[stage]));
-    };
     for (int i = 0; i < count; ++i) {
         int tile = i % Shape::kTiles;
         if (tile == 0) barrier_wait(shared_address(&ring.full[place.stage]), place.parity);
@@ -138,14 +148,14 @@ static __device__ __forceinline__ void multiply_chunk(float (&acc)[Shape::kToken
         wgmma_commit();
         meanwhile(i);
         wgmma_wait<1>();  // the previous tile is read: with it, perhaps, its stage
-        if (tile == 0 && i > 0) release(previous);
+        if (tile == 0 && i > 0) release_stage(ring, previous);
         if (tile == Shape::kTiles - 1 || i == count - 1) {
             previous = place.stage;
             place.advance(ring);
         }
     }
     wgmma_wait<0>();
-    release(previous);
+    release_stage(ring, previous);
 }
 
 // What lane (g, q) of warp w of a warpgroup holds in acc[4 f + e]: row 16 w + g + 8 (e / 2) of the group,

@@ -1,7 +1,7 @@
-// decode_batch_norm.cu -- RMSNorm of a decode batch into packed rows; the first one also looks up the
+// decode_batch_norm.cu -- RMSNorm of a decode batch; the first one also looks up the
 // embedding, and the end of the step picks each token's id.
 //
-// Shapes    residual [num_seqs, hidden_size] bf16; normed packed (decode_batch.cuh)
+// Shapes    residual, normed [num_seqs, hidden_size] bf16
 // Rounding  docs/numerics.md section 5: the bits of embedding.cu, rms_norm.cu and argmax.cu
 // Mapping   one thread block per token; thread i is lane i of the tree
 // Cost      6 bytes per value: bound by latency
@@ -16,7 +16,7 @@ constexpr int kMaxRounds = 4;  // 2048 values each, kept in registers
 
 struct NormArguments {
     const bf16 *weight;
-    int hidden_size, k_tiles, tile_tokens;
+    int hidden_size;
     float eps;
     bf16 *residual;
     bf16 *normed;
@@ -48,25 +48,31 @@ static __global__ void __launch_bounds__(kThreads) batch_norm_kernel(NormArgumen
     }
     let_next_kernel_start();
     wait_for_previous_kernel();
-    int id = 0;
-    if (args.table != nullptr) {
-        id = args.ids[token];
-        if (token == 0) write_header(args);
-    } else if (token >= args.header->num_seqs) {
-        return;
-    }
     bf16 *row = args.residual + (size_t)token * hidden;
+    if (args.table != nullptr) {
+        if (token == 0) write_header(args);
+        int id = args.ids[token];
+#pragma unroll
+        for (int i = 0; i < kMaxRounds; ++i) {
+            int chunk = i * kThreads + thread;
+            if (chunk * kVector >= hidden) continue;
+            rows[i] = load_vector(args.table + packed_offset(id, chunk, hidden));
+            store_vector(row + chunk * kVector, rows[i]);
+        }
+    } else {
+        int num_seqs =
+            args.header->num_seqs;  // on its way together with the row, which is there in any case
+#pragma unroll
+        for (int i = 0; i < kMaxRounds; ++i) {
+            int chunk = i * kThreads + thread;
+            if (chunk * kVector < hidden) rows[i] = load_vector(row + chunk * kVector);
+        }
+        if (token >= num_seqs) return;
+    }
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kMaxRounds; ++i) {
-        int chunk = i * kThreads + thread;
-        if (chunk * kVector >= hidden) continue;
-        if (args.table != nullptr) {
-            rows[i] = load_vector(args.table + packed_offset(id, chunk, hidden));
-            store_vector(row + chunk * kVector, rows[i]);
-        } else {
-            rows[i] = load_vector(row + chunk * kVector);
-        }
+        if ((i * kThreads + thread) * kVector >= hidden) continue;
         float x[kVector];
         unpack(x, rows[i]);
 #pragma unroll
@@ -83,8 +89,7 @@ static __global__ void __launch_bounds__(kThreads) batch_norm_kernel(NormArgumen
         unpack(w, weights[i]);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) x[j] = __fmul_rn(w[j], to_float(to_bf16(__fmul_rn(x[j], scale))));
-        store_vector(args.normed + packed_row_offset(token, chunk, args.k_tiles, args.tile_tokens),
-                     pack(x));
+        store_vector(args.normed + (size_t)token * hidden + chunk * kVector, pack(x));
     }
 }
 
@@ -97,8 +102,6 @@ static Status launch_norm(const BatchStep &step, const bf16 *weight, const Batch
     NormArguments args = {};
     args.weight = weight;
     args.hidden_size = p.hidden_size;
-    args.k_tiles = num_tiles(p.hidden_size);
-    args.tile_tokens = step.tile_tokens;
     args.eps = p.eps;
     args.residual = step.buffers.residual;
     args.normed = step.buffers.normed;

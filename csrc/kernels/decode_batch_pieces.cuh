@@ -30,12 +30,12 @@ struct MixedStep {
 struct AttentionArguments {
     KvLayer cache;
     const bf16 *q;
-    bf16 *out;                  // packed in a decode batch
+    bf16 *out;
     const BatchHeader *header;  // of a decode batch
     MixedStep mixed;
     unsigned *tickets;
     void *segments;  // [num_multiprocessors, max_segments] of StateBox; null: no row is cut
-    int num_heads, max_segments, tile_tokens;
+    int num_heads, max_segments;
     int block_shift;  // of the cache: log2 of its block size
     float scale;
 };

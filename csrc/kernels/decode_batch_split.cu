@@ -1,33 +1,30 @@
 // decode_batch_split.cu -- the linear layers of a decode batch that have few rows: q, k and v with RoPE and
-// the cache write, and O and down with the residual addition. A cluster shares out K.
+// the cache write, and O and down with the residual addition. Several thread blocks share out K.
 //
 //   y[t, n] = sum over chunks of 512 k's, ascending, of the chunk's chain of k16 steps
 //
-// Shapes    x packed (decode_batch.cuh); q [num_seqs, num_heads, 64]; residual [num_seqs, hidden_size]
+// Shapes    x [num_seqs, columns]; q [num_seqs, num_heads, 64]; residual [num_seqs, hidden_size]
 // Rounding  docs/numerics.md sections 2, 6 and 7: y to bf16 before RoPE and before the addition
-// Mapping   a cluster of 2 to 8 thread blocks per 64 rows (128 where tokens are many) and token tile;
-//           block r computes chunks r, r + ranks, .. and sends each chunk sum to the blocks that own its
-//           tokens, which add them in order while the next chunk is multiplied. One thread fills a ring,
-//           one or two warpgroups multiply
+// Mapping   1 to 8 thread blocks per 64 rows (128 where tokens are many) and token tile; block r computes
+//           chunks r, r + ranks, .. and adds up the chunk sums of its share of the tokens. One thread fills
+//           a ring, one or two warpgroups multiply
 // Cost      2 bytes per weight: memory-bound up to some hundred tokens
 // See       decode_batch_exchange.cuh, twin/linear.c, tests/kernels/test_bits_decode_batch.py
 
-#include <limits.h>
-
 #include "decode_batch_exchange.cuh"
-
-constexpr int kSharedOfTwo = 112 * 1024;  // what a block may take where two share a multiprocessor
-constexpr int kSharedOfOne = 226 * 1024;
 
 enum SplitOutput { kQkvOutput, kResidualOutput };
 
 struct SplitArguments {
+    CUtensorMap tokens;           // the rows of x
     CUtensorMap weights[3];       // q, k, v; or one
-    const bf16 *x;                // packed
     int first_rows, second_rows;  // of the first two matrices, in groups of 64
     int num_groups;               // of all
-    int k_tiles;
+    int k_tiles, num_chunks;
     int num_stages;
+    int token_tiles;
+    float4 *sums;        // of all tiles' chunks: decode_batch_exchange.cuh
+    unsigned *arrivals;  // [tiles], zero between uses
     const BatchHeader *header;
     SplitOutput output;
     bf16 *out;  // q, or the residual
@@ -36,57 +33,65 @@ struct SplitArguments {
     const bf16 *rope_table;
 };
 
-__device__ __forceinline__ float bf16_sum(float a, float b) {
-    return to_float(to_bf16(__fadd_rn(a, b)));
+// What a thread writes: eight columns of a token's 64 and those 32 columns on; and what it needs for them,
+// asked for before the products: nobody waits for it after them.
+struct Pair {
+    bf16 *low, *high;     // null: nothing
+    uint4 first, second;  // of the residual, or cosines and sines
+};
+
+static __device__ __forceinline__ Pair residual_pair(const SplitArguments &args, int group, int token,
+                                                     int chunk) {
+    bf16 *low = args.out + (size_t)token * args.out_columns + group * kGroupRows + chunk * kVector;
+    bf16 *high = low + kGroupRows / 2;
+    return {low, high, load_vector(low), load_vector(high)};
 }
 
-// Eight values of `out` from eight staged ones.
-static __device__ __forceinline__ void add_to_residual(bf16 *residual, const bf16 *staged) {
-    float x[kVector], y[kVector];
-    unpack(x, load_vector(residual));
-    unpack(y, load_vector(staged));
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) x[j] = bf16_sum(x[j], y[j]);
-    store_vector(residual, pack(x));
-}
-
-// Chunk `chunk` (of eight) of a head's row and the one 32 columns on, rotated where it is a query or a key,
-// to q or into the cache.
-static __device__ __forceinline__ void write_head(const SplitArguments &args, int group, int token,
-                                                  int chunk, const bf16 *staged) {
+// Of a head: in q, or in the cache.
+static __device__ __forceinline__ Pair head_pair(const SplitArguments &args, int group, int token,
+                                                 int chunk) {
     constexpr int kHalf = kTileCols / 2;
-    bool is_query = group < args.first_rows;
-    int kv_head = (group - args.first_rows) % args.cache.num_kv_heads;
-    bool is_value = group >= args.first_rows + args.second_rows;
     int position = args.header->lengths[token] - 1;
-    uint4 low = load_vector(staged + chunk * kVector), high = load_vector(staged + kHalf + chunk * kVector);
-    if (!is_value) {
-        const bf16 *row = args.rope_table + (size_t)position * kTileCols + chunk * kVector;
-        float a[kVector], b[kVector], cosine[kVector], sine[kVector], rotated[kVector];
-        unpack(a, low), unpack(b, high);
-        unpack(cosine, load_vector(row)), unpack(sine, load_vector(row + kHalf));
-#pragma unroll
-        for (int j = 0; j < kVector; ++j)
-            rotated[j] = __fsub_rn(bf16_product(a[j], cosine[j]), bf16_product(b[j], sine[j]));
-        low = pack(rotated);
-#pragma unroll
-        for (int j = 0; j < kVector; ++j)
-            rotated[j] = __fadd_rn(bf16_product(b[j], cosine[j]), bf16_product(a[j], sine[j]));
-        high = pack(rotated);
+    const bf16 *row = args.rope_table + (size_t)position * kTileCols + chunk * kVector;
+    Pair pair = {nullptr, nullptr, load_vector(row), load_vector(row + kHalf)};
+    if (group < args.first_rows) {
+        pair.low = args.out + (size_t)token * args.out_columns + group * kTileCols + chunk * kVector;
+        pair.high = pair.low + kHalf;
+        return pair;
     }
-    if (is_query) {
-        bf16 *to = args.out + (size_t)token * args.out_columns + group * kTileCols + chunk * kVector;
-        store_vector(to, low);
-        store_vector(to + kHalf, high);
-        return;
-    }
+    int kv_head = (group - args.first_rows) % args.cache.num_kv_heads;
     int block_size = args.cache.block_size, index = position / block_size;
-    int block = args.header->block_tables[(size_t)token * args.header->max_blocks_per_seq + index];
-    bf16 *tile = args.cache.data + kv_tile_offset(block, kv_head, args.cache.num_kv_heads, block_size) +
-                 (is_value ? (size_t)block_size * kTileCols : 0);
     int offset = position - index * block_size;
-    store_vector(tile + tile_offset(offset, chunk), low);
-    store_vector(tile + tile_offset(offset, chunk + kHalf / kVector), high);
+    int block = args.header->block_tables[(size_t)token * args.header->max_blocks_per_seq + index];
+    bf16 *tile = args.cache.data + kv_tile_offset(block, kv_head, args.cache.num_kv_heads, block_size);
+    if (group >= args.first_rows + args.second_rows) tile += (size_t)block_size * kTileCols;
+    pair.low = tile + tile_offset(offset, chunk);
+    pair.high = tile + tile_offset(offset, chunk + kHalf / kVector);
+    return pair;
+}
+
+// The pair from what is staged of it.
+static __device__ __forceinline__ void write_pair(const SplitArguments &args, int group, const Pair &pair,
+                                                  const bf16 *staged) {
+    uint4 low = load_vector(staged), high = load_vector(staged + kGroupRows / 2);
+    float a[kVector], b[kVector], x[kVector], y[kVector];
+    unpack(a, low), unpack(b, high);
+    unpack(x, pair.first), unpack(y, pair.second);
+    if (args.output == kResidualOutput) {
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) x[j] = __fadd_rn(x[j], a[j]), y[j] = __fadd_rn(y[j], b[j]);
+        low = pack(x), high = pack(y);
+    } else if (group < args.first_rows + args.second_rows) {  // a query or a key: rotated
+        float rotated[2][kVector];
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) {
+            rotated[0][j] = __fsub_rn(bf16_product(a[j], x[j]), bf16_product(b[j], y[j]));
+            rotated[1][j] = __fadd_rn(bf16_product(b[j], x[j]), bf16_product(a[j], y[j]));
+        }
+        low = pack(rotated[0]), high = pack(rotated[1]);
+    }
+    store_vector(pair.low, low);
+    store_vector(pair.high, high);
 }
 
 // Of the three matrices, side by side, the one that holds a group.
@@ -98,196 +103,183 @@ static __device__ __forceinline__ GroupPlace group_place(const SplitArguments &a
 }
 
 template <typename Shape>
-static __device__ __forceinline__ void produce(const SplitArguments &args, const Ring &ring, int rank) {
+static __device__ __forceinline__ void produce(const SplitArguments &args, const Ring &ring,
+                                               const Exchange &exchange, int row_tile, int token_tile) {
     using Stage = typename Shape::Stage;
-    const bf16 *tokens = args.x + (size_t)blockIdx.y * args.k_tiles * Shape::kTokens * kTileCols;
     uint64_t policy = evict_first_policy();
-    int count = own_stages<Stage>(args.k_tiles, rank, Shape::kRanks), ahead = min(count, ring.num_stages);
-    auto place_of = [&](int g) { return group_place(args, (int)blockIdx.z * Shape::kGroups + g); };
-    auto tiles_of = [&](int i) { return tiles_of_stage<Stage>(i, args.k_tiles, rank, Shape::kRanks); };
+    int count = own_stages<Stage>(args.k_tiles, exchange.rank, Shape::kRanks);
+    int ahead = min(count, ring.num_stages);
+    auto place_of = [&](int g) { return group_place(args, row_tile * Shape::kGroups + g); };
+    auto tiles_of = [&](int i) {
+        return tiles_of_stage<Stage>(i, args.k_tiles, exchange.rank, Shape::kRanks);
+    };
     for (int i = 0; i < ahead; ++i) copy_weights<Stage>(ring, i, tiles_of(i), policy, place_of);
     wait_for_previous_kernel();
-    for (int i = 0; i < ahead; ++i) copy_tokens<Stage>(ring, i, tokens, tiles_of(i));
-    RingPlace place;
+    for (int i = 0; i < ahead; ++i) copy_tokens<Stage>(ring, i, &args.tokens, token_tile, tiles_of(i));
+    RingPlace place = {ahead % ring.num_stages, ahead == ring.num_stages};
     for (int i = ahead; i < count; ++i, place.advance(ring)) {
-        barrier_wait(shared_address(&ring.empty[place.stage]), place.parity);
+        barrier_wait(shared_address(&ring.empty[place.stage]), place.parity ^ 1);
         copy_weights<Stage>(ring, place.stage, tiles_of(i), policy, place_of);
-        copy_tokens<Stage>(ring, place.stage, tokens, tiles_of(i));
+        copy_tokens<Stage>(ring, place.stage, &args.tokens, token_tile, tiles_of(i));
+    }
+    if constexpr (Shape::kRanks > 1) {
+        exchange.await<Shape>();
+        copy_parts<Shape>(ring, place, exchange);
+        exchange.leave<Shape>();
     }
 }
 
-// What becomes of a group's sums: 64 rows of this block's tokens.
+// A group's 64 rows of this block's tokens: what of it a thread of its warpgroup writes, and where.
 template <typename Shape>
-static __device__ __forceinline__ void write_group(const float (&sums)[Shape::kFragments][4],
-                                                   const SplitArguments &args, bf16 *staging, int rank,
-                                                   int group, int member, int num_seqs) {
-    auto synchronise = [&] {
-        if (group == 0) {
+struct GroupWriter {
+    static constexpr int kPairs = Shape::kFragments * 8 * kChunksPerRow / 2;
+    static constexpr int kOwnPairs = (kPairs + kWarpgroup - 1) / kWarpgroup;
+    int group, member;
+    Pair pairs[kOwnPairs];
+
+    __device__ __forceinline__ GroupWriter(const SplitArguments &args, int row_group, int first_token,
+                                           int thread)
+        : group(row_group), member(thread) {
+        int num_seqs = args.header->num_seqs;
+#pragma unroll
+        for (int i = 0; i < kOwnPairs; ++i) {
+            int index = i * kWarpgroup + member, token = first_token + own_token(index);
+            pairs[i].low = nullptr;
+            if (index >= kPairs || token >= num_seqs || group >= args.num_groups) continue;
+            pairs[i] = args.output == kResidualOutput ? residual_pair(args, group, token, own_chunk(index))
+                                                      : head_pair(args, group, token, own_chunk(index));
+        }
+    }
+    static __device__ __forceinline__ int own_token(int index) { return index / (kChunksPerRow / 2); }
+    static __device__ __forceinline__ int own_chunk(int index) { return index % (kChunksPerRow / 2); }
+
+    __device__ __forceinline__ void write(const SplitArguments &args,
+                                          const float (&sums)[Shape::kFragments][4], bf16 *staging) const {
+#pragma unroll
+        for (int f = 0; f < Shape::kFragments; ++f) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                staging[held_token(member, f, e) * kStagedColumns + held_row(member, e)] =
+                    to_bf16(sums[f][e]);
+        }
+        // The staged rows visible to the group's threads.
+        if (Shape::kGroups == 1 || group % 2 == 0) {
             named_barrier_sync<1, kWarpgroup>();
         } else {
             named_barrier_sync<2, kWarpgroup>();
         }
-    };
-    synchronise();  // the buffer, where they are staged, is read
 #pragma unroll
-    for (int f = 0; f < Shape::kFragments; ++f) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-            staging[held_token(member, f, e) * kStagedColumns + held_row(member, e)] = to_bf16(sums[f][e]);
-    }
-    synchronise();  // the staged rows visible to every thread
-    int row_group = (int)blockIdx.z * Shape::kGroups + group;
-    int first_token = (int)blockIdx.y * Shape::kTokens + rank * Shape::kFragments * 8;
-    int own_tokens = Shape::own_fragments(rank) * 8;
-    int per_token = args.output == kQkvOutput ? kChunksPerRow / 2 : kChunksPerRow;
-    if (row_group >= args.num_groups) return;
-    for (int i = member; i < own_tokens * per_token; i += kWarpgroup) {
-        int own = i / per_token, chunk = i % per_token, token = first_token + own;
-        const bf16 *staged = staging + own * kStagedColumns;
-        if (token >= num_seqs) break;
-        if (args.output == kQkvOutput) {
-            write_head(args, row_group, token, chunk, staged);
-        } else {
-            add_to_residual(
-                args.out + (size_t)token * args.out_columns + row_group * kGroupRows + chunk * kVector,
-                staged + chunk * kVector);
+        for (int i = 0; i < kOwnPairs; ++i) {
+            int index = i * kWarpgroup + member;
+            if (pairs[i].low == nullptr) continue;
+            write_pair(args, group, pairs[i],
+                       staging + own_token(index) * kStagedColumns + own_chunk(index) * kVector);
         }
     }
-}
+};
 
 template <typename Shape>
-static __global__ void __launch_bounds__(Shape::kThreads)
+static __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
     batch_split_kernel(const __grid_constant__ SplitArguments args) {
     extern __shared__ unsigned char raw[];
     __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
-    __shared__ uint64_t received[Shape::kGroups], folded[Shape::kGroups];
-    int thread = (int)threadIdx.x, rank = (int)blockIdx.x;
+    int thread = (int)threadIdx.x, tile = (int)blockIdx.x / Shape::kRanks;
+    int row_tile = tile / args.token_tiles, token_tile = tile % args.token_tiles;
     uint32_t start = shared_address(raw), base = (start + kAlignment - 1) / kAlignment * kAlignment;
-    uint32_t buffers = base + args.num_stages * Shape::Stage::kBytes;
     Ring ring = {base, full, empty, args.num_stages};
-    if (thread < Shape::kGroups) {
-        barrier_init(shared_address(&received[thread]), 1);
-        barrier_init(shared_address(&folded[thread]), Shape::kRanks * kWarpgroup / kWarp);
-        barrier_init_fence();
-    }
+    Exchange exchange = {args.sums + (size_t)tile * args.num_chunks * Shape::kRanks * Shape::kPartVectors,
+                         args.arrivals + tile, args.num_chunks, (int)blockIdx.x % Shape::kRanks};
     init_ring(ring, Shape::kConsumers / kWarp);
-    __syncthreads();  // this block's barriers are there
-    cluster_arrive();
+    __syncthreads();  // the barriers are there
     if (thread >= Shape::kConsumers) {
-        if (thread == Shape::kConsumers) produce<Shape>(args, ring, rank);
-        __syncwarp();
-        cluster_wait();
+        if constexpr (Shape::kGroups == 2) give_registers<kProducerRegisters>();
+        if (thread == Shape::kConsumers) produce<Shape>(args, ring, exchange, row_tile, token_tile);
     } else {
+        if constexpr (Shape::kGroups == 2) take_registers<kConsumerRegisters>();
         wait_for_previous_kernel();
         // Not before: the attention that follows reads the cache and the header without waiting.
         let_next_kernel_start();
-        int num_seqs = args.header->num_seqs, group = thread / kWarpgroup, member = thread % kWarpgroup;
-        uint32_t buffer = buffers + group * Shape::kGroupBytes;
-        Exchange exchange = {buffer, shared_address(&received[group]), shared_address(&folded[group])};
+        int group = thread / kWarpgroup;
+        int first_token = token_tile * Shape::kTokens + exchange.rank * Shape::kFragments * 8;
+        GroupWriter<Shape> writer(args, row_tile * Shape::kGroups + group, first_token,
+                                  thread % kWarpgroup);
         float sums[Shape::kFragments][4];
-        consume<Shape>(sums, args.k_tiles, ring, exchange, rank, group, member);
-        // A block may leave now: it has received what the others send, and their word of every round but
-        // the last, of which there is none.
-        write_group<Shape>(sums, args, reinterpret_cast<bf16 *>(raw + (buffer - start)), rank, group,
-                           member, num_seqs);
+        consume<Shape>(sums, args.k_tiles, ring, exchange, thread);
+        unsigned char *staging = raw + (base - start) + args.num_stages * Shape::Stage::kBytes;
+        writer.write(args, sums, reinterpret_cast<bf16 *>(staging) + group * Shape::kStagedValues);
     }
 }
 
 template <typename Shape>
-static int num_stages_of(int k_tiles) {
+static Status launch_shape(const BatchStep &step, SplitArguments args, const bf16 *x,
+                           const Matrix *const (&weights)[3], int tiles, cudaStream_t stream) {
     using Stage = typename Shape::Stage;
-    int num_chunks = (k_tiles + kTilesPerChunk - 1) / kTilesPerChunk;
-    int own = (num_chunks + Shape::kRanks - 1) / Shape::kRanks * Stage::kStagesPerChunk;
-    int room = (Shape::kGroups == 2 ? kSharedOfOne : kSharedOfTwo) - kAlignment - Shape::kBufferBytes;
-    return min(min(kMaxStages, own), room / Stage::kBytes);
-}
-template <typename Shape>
-static size_t shared_bytes_of(int k_tiles) {
-    return kAlignment + (size_t)num_stages_of<Shape>(k_tiles) * Shape::Stage::kBytes + Shape::kBufferBytes;
+    constexpr int kStagedBytes = Shape::kGroups * Shape::kStagedValues * (int)sizeof(bf16);
+    TRY(encode_rows_map(&args.tokens, x, step.bucket, weights[0]->cols, Shape::kTokens));
+    for (int i = 0; i < 3; ++i)
+        if (weights[i] != nullptr) TRY(encode_group_map<Stage>(&args.weights[i], *weights[i]));
+    args.num_stages = min(kMaxStages, (Shape::kSharedBytes - kAlignment - kStagedBytes) / Stage::kBytes);
+    size_t bytes = kAlignment + (size_t)args.num_stages * Stage::kBytes + kStagedBytes;
+    return launch_chained(batch_split_kernel<Shape>, dim3((unsigned)(tiles * Shape::kRanks)),
+                          Shape::kThreads, bytes, 1, stream, args);
 }
 
-template <typename Shape>
-static Status launch_shape(SplitArguments args, const Matrix *const (&weights)[3], int token_tiles,
-                           cudaStream_t stream) {
-    for (int i = 0; i < 3; ++i) {
-        if (weights[i] != nullptr)
-            TRY(encode_group_map<typename Shape::Stage>(&args.weights[i], *weights[i]));
+// The most blocks a tile for which every block has a place and a chunk; two where that cannot be. One, for
+// many tokens, where tiles of 64 rows occupy more than half the multiprocessors.
+template <int kTokens>
+static Status launch_of(const BatchStep &step, const SplitArguments &args, const bf16 *x,
+                        const Matrix *const (&weights)[3], cudaStream_t stream) {
+    using Four = SplitShape<kTokens, 4>;
+    int narrow_tiles = args.num_groups * args.token_tiles;
+    int tiles = (args.num_groups + Four::kGroups - 1) / Four::kGroups * args.token_tiles;
+    auto fits = [&](int ranks) {
+        return tiles * ranks <= step.num_multiprocessors * Four::kResident && ranks <= args.num_chunks;
+    };
+    if constexpr (kTokens == kMostTokens) {
+        if (2 * narrow_tiles > step.num_multiprocessors)
+            return launch_shape<SplitShape<kTokens, 1>>(step, args, x, weights, narrow_tiles, stream);
+        if (fits(8)) return launch_shape<SplitShape<kTokens, 8>>(step, args, x, weights, tiles, stream);
     }
-    args.num_stages = num_stages_of<Shape>(args.k_tiles);
-    unsigned tiles = (unsigned)((args.num_groups + Shape::kGroups - 1) / Shape::kGroups);
-    return launch_chained(batch_split_kernel<Shape>, dim3(Shape::kRanks, (unsigned)token_tiles, tiles),
-                          Shape::kThreads, shared_bytes_of<Shape>(args.k_tiles), Shape::kRanks, stream,
-                          args);
+    if (fits(4)) return launch_shape<Four>(step, args, x, weights, tiles, stream);
+    return launch_shape<SplitShape<kTokens, 2>>(step, args, x, weights, tiles, stream);
 }
 
-// About how long a layer of many tokens takes with so many ranks: the clusters that do not fit at once
-// wait, and each has its chunks to multiply after what it costs to start and to end.
-template <int kRanks>
-static Status estimate(int *cost, int k_tiles, int tiles) {
-    using Shape = SplitShape<kMostTokens, kRanks>;
-    constexpr int kStart = 5, kChunk = 3;  // microseconds
-    int num_chunks = (k_tiles + kTilesPerChunk - 1) / kTilesPerChunk, resident;
-    TRY(count_resident_clusters(&resident, batch_split_kernel<Shape>, Shape::kThreads,
-                                shared_bytes_of<Shape>(k_tiles), kRanks));
-    int rounds = (num_chunks + kRanks - 1) / kRanks, waves = (tiles + resident - 1) / max(resident, 1);
-    *cost = resident < 1 ? INT_MAX : waves * (kStart + rounds * kChunk);
-    return STATUS_OK;
-}
-
-static Status launch_many_tokens(const BatchStep &step, const SplitArguments &args,
-                                 const Matrix *const (&weights)[3], cudaStream_t stream) {
-    int token_tiles = batch_token_tiles(step), tiles = (args.num_groups + 1) / 2 * token_tiles;
-    int costs[5], best = 0;
-    TRY(estimate<2>(&costs[0], args.k_tiles, tiles));
-    TRY(estimate<3>(&costs[1], args.k_tiles, tiles));
-    TRY(estimate<4>(&costs[2], args.k_tiles, tiles));
-    TRY(estimate<6>(&costs[3], args.k_tiles, tiles));
-    TRY(estimate<8>(&costs[4], args.k_tiles, tiles));
-    for (int i = 1; i < 5; ++i)
-        if (costs[i] < costs[best]) best = i;
-    if (best == 0) return launch_shape<SplitShape<kMostTokens, 2>>(args, weights, token_tiles, stream);
-    if (best == 1) return launch_shape<SplitShape<kMostTokens, 3>>(args, weights, token_tiles, stream);
-    if (best == 2) return launch_shape<SplitShape<kMostTokens, 4>>(args, weights, token_tiles, stream);
-    if (best == 3) return launch_shape<SplitShape<kMostTokens, 6>>(args, weights, token_tiles, stream);
-    return launch_shape<SplitShape<kMostTokens, 8>>(args, weights, token_tiles, stream);
-}
-
-static Status launch_split(const BatchStep &step, const SplitArguments &args,
+static Status launch_split(const BatchStep &step, SplitArguments args, const bf16 *x,
                            const Matrix *const (&weights)[3], cudaStream_t stream) {
-    int token_tiles = batch_token_tiles(step);
-    if (step.tile_tokens == 32) return launch_shape<SplitShape<32, 4>>(args, weights, token_tiles, stream);
-    if (step.tile_tokens == 64) return launch_shape<SplitShape<64, 4>>(args, weights, token_tiles, stream);
-    return launch_many_tokens(step, args, weights, stream);
+    args.header = step.buffers.header;
+    args.k_tiles = num_tiles(weights[0]->cols);
+    args.num_chunks = (args.k_tiles + kTilesPerChunk - 1) / kTilesPerChunk;
+    args.token_tiles = batch_token_tiles(step);
+    args.sums = step.buffers.sums;
+    args.arrivals = step.buffers.arrivals;
+    if (step.tile_tokens == 32) return launch_of<32>(step, args, x, weights, stream);
+    if (step.tile_tokens == 64) return launch_of<64>(step, args, x, weights, stream);
+    return launch_of<kMostTokens>(step, args, x, weights, stream);
 }
 
 Status launch_batch_qkv(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream) {
     SplitArguments args = {};
-    args.x = step.buffers.normed;
     args.first_rows = step.problem.num_heads;
     args.second_rows = step.problem.num_kv_heads;
     args.num_groups = step.problem.num_heads + 2 * step.problem.num_kv_heads;
-    args.k_tiles = num_tiles(layer.q_proj.cols);
-    args.header = step.buffers.header;
     args.output = kQkvOutput;
     args.out = step.buffers.q;
     args.out_columns = layer.q_proj.rows;
     args.cache = layer.cache;
     args.rope_table = step.problem.rope_table;
-    return launch_split(step, args, {&layer.q_proj, &layer.k_proj, &layer.v_proj}, stream);
+    return launch_split(step, args, step.buffers.normed, {&layer.q_proj, &layer.k_proj, &layer.v_proj},
+                        stream);
 }
 
 static Status launch_residual(const BatchStep &step, const Matrix &weight, const bf16 *x,
                               cudaStream_t stream) {
     SplitArguments args = {};
-    args.x = x;
     args.num_groups = num_tiles(weight.rows);
     args.first_rows = args.num_groups + 1;  // a tile's second group may lie beyond the last
-    args.k_tiles = num_tiles(weight.cols);
-    args.header = step.buffers.header;
     args.output = kResidualOutput;
     args.out = step.buffers.residual;
     args.out_columns = weight.rows;
-    return launch_split(step, args, {&weight, nullptr, nullptr}, stream);
+    return launch_split(step, args, x, {&weight, nullptr, nullptr}, stream);
 }
 
 Status launch_batch_o(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream) {

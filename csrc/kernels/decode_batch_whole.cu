@@ -1,19 +1,19 @@
-// decode_batch_whole.cu -- the linear layers of a decode batch that have many rows: gate and up with SiLU,
-// and the LM head with each token's best logit of a tile.
+// decode_batch_whole.cu -- the linear layers of up to 64 sequences that have many rows: gate and up with
+// SiLU, and the LM head with each token's best logit of a tile.
 //
 //   y[t, n] = sum over chunks of 512 k's, ascending, of the chunk's chain of k16 steps
 //
-// Shapes    x and act packed (decode_batch.cuh); logits [num_seqs, vocab_size] float32
+// Shapes    x, act [num_seqs, columns]; logits [num_seqs, vocab_size] float32
 // Rounding  docs/numerics.md sections 2 and 7
-// Mapping   persistent thread blocks; a tile is two groups of 64 rows, gate's and up's or neighbours, by a
-//           token tile. One thread fills a ring across tiles, two warpgroups multiply, a group each, and
+// Mapping   persistent thread blocks; a tile is two groups of 64 rows, gate's and up's or neighbours, by
+//           all tokens. One thread fills a ring across tiles, two warpgroups multiply, a group each, and
 //           write a tile while the next one is multiplied
-// Cost      2 bytes per weight: memory-bound up to some hundred tokens
-// See       decode_batch_linear.cuh, twin/linear.c, tests/kernels/test_bits_decode_batch.py
+// Cost      2 bytes per weight: memory-bound
+// See       decode_batch_linear.cuh, decode_batch_many.cu, twin/linear.c, tests/kernels/test_bits_decode_batch.py
 
-#include "../common/exp2.cuh"
 #include "decode_batch_linear.cuh"
 #include "decode_candidate.cuh"
+#include "silu.cuh"
 
 constexpr int kGroups = 2;
 constexpr int kConsumers = kGroups * kWarpgroup;
@@ -22,22 +22,23 @@ constexpr int kConsumerWarps = kConsumers / kWarp;
 constexpr int kActColumns = kGroupRows + kVector;        // of a staged row, padded
 constexpr int kLogitColumns = kGroups * kGroupRows + 4;  // likewise
 constexpr int kSharedBytes = 226 * 1024;
+// Stages of weights asked for before the kernel before this one has ended; more would delay its reads.
+constexpr int kStagesAhead = 3;
 
 template <int kTokens>
-using WholeStage = StageShape<kTokens, kGroups, kTokens == kMostTokens ? 1 : 2>;
+using WholeStage = StageShape<kTokens, kGroups, 2>;
 
 struct WholeArguments {
+    CUtensorMap tokens;            // the rows of x
     CUtensorMap weights[kGroups];  // gate and up, or the LM head
-    const bf16 *x;                 // packed
     int k_tiles;
-    int num_groups;  // of 64 rows, of each matrix
-    int num_tiles, token_tiles;
+    int num_tiles;
     const BatchHeader *header;
     int num_stages;
-    bf16 *act;      // packed; or null, and the logits are wanted
-    float *logits;  // [num_seqs, vocab_size]
-    int vocab_size;
-    float *best_values;  // [num_seqs, num_tiles / token_tiles]
+    int num_rows;        // of each matrix
+    bf16 *act;           // [num_seqs, num_rows]; or null, and the logits are wanted
+    float *logits;       // [num_seqs, num_rows]
+    float *best_values;  // [num_seqs, num_tiles]
     int *best_ids;
 };
 
@@ -52,66 +53,47 @@ static __device__ __forceinline__ void produce(const WholeArguments &args, const
     uint64_t policy = evict_first_policy();
     using Stage = WholeStage<kTokens>;
     bool has_waited = false;
-    int issued = 0, num_stages = own_stages<Stage>(args.k_tiles, 0, 1);
+    int issued = 0, ahead = min(kStagesAhead, ring.num_stages),
+        num_stages = own_stages<Stage>(args.k_tiles, 0, 1);
     RingPlace place;
     for (int tile = (int)blockIdx.x; tile < args.num_tiles; tile += (int)gridDim.x) {
-        int row_tile = tile / args.token_tiles, token_tile = tile % args.token_tiles;
-        const bf16 *tokens = args.x + (size_t)token_tile * args.k_tiles * kTokens * kTileCols;
         auto place_of = [&](int g) -> GroupPlace {
-            if constexpr (kIsLogits) return {&args.weights[0], (row_tile * kGroups + g) * kGroupStrips};
-            return {&args.weights[g], row_tile * kGroupStrips};
+            if constexpr (kIsLogits) return {&args.weights[0], (tile * kGroups + g) * kGroupStrips};
+            return {&args.weights[g], tile * kGroupStrips};
         };
         auto tiles_of = [&](int i) { return tiles_of_stage<Stage>(i, args.k_tiles, 0, 1); };
         for (int s = 0; s < num_stages; ++s, ++issued, place.advance(ring)) {
             if (issued >= ring.num_stages)
                 barrier_wait(shared_address(&ring.empty[place.stage]), place.parity ^ 1);
             copy_weights<Stage>(ring, place.stage, tiles_of(s), policy, place_of);
-            if (!has_waited && (issued + 1 == ring.num_stages || s + 1 == num_stages)) {
-                // The ring is full of weights; the tokens follow.
+            if (!has_waited && (issued + 1 == ahead || s + 1 == num_stages)) {
                 wait_for_previous_kernel();
                 has_waited = true;
-                for (int i = 0; i < issued; ++i) copy_tokens<Stage>(ring, i, tokens, tiles_of(i));
+                for (int i = 0; i < issued; ++i) copy_tokens<Stage>(ring, i, &args.tokens, 0, tiles_of(i));
             }
-            if (has_waited) copy_tokens<Stage>(ring, place.stage, tokens, tiles_of(s));
+            if (has_waited) copy_tokens<Stage>(ring, place.stage, &args.tokens, 0, tiles_of(s));
         }
     }
 }
 
-__device__ __forceinline__ float silu_and_mul(float gate, float up) {
-    float e = contract_exp2(__fmul_rn(-gate, __int_as_float(LOG2_E)));
-    return __fmul_rn(to_float(to_bf16(__fdiv_rn(gate, __fadd_rn(1.0f, e)))), up);
-}
-
 // What is written of a staged tile: by each thread a share in so many units, one after another.
 struct StagedTile {
-    int row_tile, token_tile, num_seqs, thread;
+    int index, num_seqs, thread;
 };
 
 // A unit of the tile's activations, from the staged gate and up: eight of them.
 template <int kTokens>
 static __device__ __forceinline__ void write_act(const WholeArguments &args, const bf16 *staged,
                                                  const StagedTile &tile, int unit) {
-    int i = unit * kConsumers + tile.thread, own = i / kChunksPerRow, chunk = i % kChunksPerRow;
-    int token = tile.token_tile * kTokens + own;
+    int i = unit * kConsumers + tile.thread, token = i / kChunksPerRow, chunk = i % kChunksPerRow;
     if (token >= tile.num_seqs) return;
     float gate[kVector], up[kVector];
-    unpack(gate, load_vector(staged + own * kActColumns + chunk * kVector));
-    unpack(up, load_vector(staged + (kTokens + own) * kActColumns + chunk * kVector));
+    unpack(gate, load_vector(staged + token * kActColumns + chunk * kVector));
+    unpack(up, load_vector(staged + (kTokens + token) * kActColumns + chunk * kVector));
 #pragma unroll
     for (int j = 0; j < kVector; ++j) gate[j] = silu_and_mul(gate[j], up[j]);
-    store_vector(args.act + packed_row_offset(token, tile.row_tile * kChunksPerRow + chunk, args.num_groups,
-                                              kTokens),
-                 pack(gate));
-}
-
-// The best of a warp's candidates, in two instructions: integers in the order of the values.
-static __device__ __forceinline__ Candidate best_of_warp(const Candidate &own) {
-    constexpr unsigned kNan = 0xffffffff, kSign = 0x80000000;
-    unsigned bits = __float_as_uint(__fadd_rn(own.value, 0.0f));  // -0 is +0
-    unsigned order = own.value != own.value ? kNan : bits & kSign ? ~bits : bits | kSign;
-    unsigned best = __reduce_max_sync(kFullWarp, order);
-    unsigned id = __reduce_min_sync(kFullWarp, order == best ? (unsigned)own.id : kNan);
-    return {__uint_as_float(best == kNan ? best >> 1 : best & kSign ? best & ~kSign : ~best), (int)id};
+    size_t row = tile.index * kGroupRows + chunk * kVector;
+    store_vector(args.act + (size_t)token * args.num_rows + row, pack(gate));
 }
 
 // A unit of the tile's logits, a token per warp; and the best of them.
@@ -119,25 +101,24 @@ template <int kTokens>
 static __device__ __forceinline__ void write_logits(const WholeArguments &args, const float *staged,
                                                     const StagedTile &tile, int unit) {
     constexpr int kLaneRows = kGroups * kGroupRows / kWarp;
-    int own = unit * kConsumerWarps + tile.thread / kWarp, lane = tile.thread % kWarp;
-    int token = tile.token_tile * kTokens + own;
-    int first_row = tile.row_tile * kGroups * kGroupRows + lane * kLaneRows;
+    int token = unit * kConsumerWarps + tile.thread / kWarp, lane = tile.thread % kWarp;
+    int first_row = tile.index * kGroups * kGroupRows + lane * kLaneRows;
     if (token >= tile.num_seqs) return;
-    float4 v = *reinterpret_cast<const float4 *>(staged + own * kLogitColumns + lane * kLaneRows);
+    float4 v = *reinterpret_cast<const float4 *>(staged + token * kLogitColumns + lane * kLaneRows);
     const float values[kLaneRows] = {v.x, v.y, v.z, v.w};
-    float *to = args.logits + (size_t)token * args.vocab_size + first_row;
+    float *to = args.logits + (size_t)token * args.num_rows + first_row;
     Candidate best = no_candidate();
-    bool is_whole = args.vocab_size % kLaneRows == 0 && first_row < args.vocab_size;
+    bool is_whole = args.num_rows % kLaneRows == 0 && first_row < args.num_rows;
     if (is_whole) *reinterpret_cast<float4 *>(to) = v;
 #pragma unroll
     for (int j = 0; j < kLaneRows; ++j) {
-        if (first_row + j >= args.vocab_size) continue;
+        if (first_row + j >= args.num_rows) continue;
         if (!is_whole) to[j] = values[j];
         best.take_better(values[j], first_row + j);
     }
-    best = best_of_warp(best);
+    best.take_best_of_warp();
     if (lane == 0) {
-        size_t at = (size_t)token * (args.num_tiles / args.token_tiles) + tile.row_tile;
+        size_t at = (size_t)token * args.num_tiles + tile.index;
         args.best_values[at] = best.value;
         args.best_ids[at] = best.id;
     }
@@ -151,7 +132,7 @@ static __device__ __forceinline__ void consume(const WholeArguments &args, const
     bf16 *staged_act = reinterpret_cast<bf16 *>(staging);
     float *staged_logits = reinterpret_cast<float *>(staging);
     RingPlace place;
-    StagedTile staged = {0, 0, args.header->num_seqs, thread};
+    StagedTile staged = {0, args.header->num_seqs, thread};
     int unit = kUnits;  // of the staged tile, the next to write
     auto write_unit = [&](int) {
         if (unit == kUnits) return;
@@ -188,8 +169,7 @@ static __device__ __forceinline__ void consume(const WholeArguments &args, const
             }
         }
         named_barrier_sync<1, kConsumers>();  // the staged values visible to every thread
-        staged.row_tile = tile / args.token_tiles;
-        staged.token_tile = tile % args.token_tiles;
+        staged.index = tile;
         unit = 0;
     }
     while (unit < kUnits) write_unit(0);
@@ -222,6 +202,7 @@ static Status launch_shape(const BatchStep &step, WholeArguments args,
     constexpr int kRoom = kSharedBytes - kAlignment - staged_bytes<kTokens>(kIsLogits);
     for (int i = 0; i < kGroups; ++i)
         if (weights[i] != nullptr) TRY(encode_group_map<Stage>(&args.weights[i], *weights[i]));
+    TRY(encode_rows_map(&args.tokens, step.buffers.normed, step.bucket, args.k_tiles * kTileCols, kTokens));
     args.num_stages = min(kMaxStages, kRoom / Stage::kBytes);
     size_t bytes = kAlignment + (size_t)args.num_stages * Stage::kBytes + staged_bytes<kTokens>(kIsLogits);
     unsigned blocks = (unsigned)min(args.num_tiles, step.num_multiprocessors);
@@ -231,23 +212,20 @@ static Status launch_shape(const BatchStep &step, WholeArguments args,
 
 template <bool kIsLogits>
 static Status launch_whole(const BatchStep &step, WholeArguments args,
-                           const Matrix *const (&weights)[kGroups], int row_tiles, cudaStream_t stream) {
-    args.x = step.buffers.normed;
+                           const Matrix *const (&weights)[kGroups], cudaStream_t stream) {
     args.header = step.buffers.header;
     args.k_tiles = num_tiles(weights[0]->cols);
-    args.num_groups = num_tiles(weights[0]->rows);
-    args.token_tiles = batch_token_tiles(step);
-    args.num_tiles = row_tiles * args.token_tiles;
+    args.num_rows = weights[0]->rows;
     if (step.tile_tokens == 32) return launch_shape<32, kIsLogits>(step, args, weights, stream);
-    if (step.tile_tokens == 64) return launch_shape<64, kIsLogits>(step, args, weights, stream);
-    return launch_shape<kMostTokens, kIsLogits>(step, args, weights, stream);
+    return launch_shape<64, kIsLogits>(step, args, weights, stream);
 }
 
 Status launch_batch_gate_up(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream) {
+    if (step.tile_tokens == kMostTokens) return launch_batch_gate_up_many(step, layer, stream);
     WholeArguments args = {};
     args.act = step.buffers.act;
-    return launch_whole<false>(step, args, {&layer.gate_proj, &layer.up_proj},
-                               num_tiles(layer.gate_proj.rows), stream);
+    args.num_tiles = num_tiles(layer.gate_proj.rows);
+    return launch_whole<false>(step, args, {&layer.gate_proj, &layer.up_proj}, stream);
 }
 
 int batch_vocabulary_tiles(int vocab_size) {
@@ -256,10 +234,11 @@ int batch_vocabulary_tiles(int vocab_size) {
 
 Status launch_batch_head(const BatchStep &step, cudaStream_t stream) {
     const Matrix &head = step.problem.lm_head;
+    if (step.tile_tokens == kMostTokens) return launch_batch_head_many(step, stream);
     WholeArguments args = {};
     args.logits = step.problem.logits;
-    args.vocab_size = head.rows;
+    args.num_tiles = batch_vocabulary_tiles(head.rows);
     args.best_values = step.buffers.best_values;
     args.best_ids = step.buffers.best_ids;
-    return launch_whole<true>(step, args, {&head, nullptr}, batch_vocabulary_tiles(head.rows), stream);
+    return launch_whole<true>(step, args, {&head, nullptr}, stream);
 }

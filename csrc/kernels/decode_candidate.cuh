@@ -19,13 +19,14 @@ struct Candidate {
             id = other_id;
         }
     }
+    // In two instructions that compare integers.
     __device__ void take_best_of_warp() {
-#pragma unroll
-        for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-            float other = __shfl_xor_sync(kFullWarp, value, offset);
-            int other_id = __shfl_xor_sync(kFullWarp, id, offset);
-            take_better(other, other_id);
-        }
+        constexpr unsigned kNan = 0xffffffff, kSign = 0x80000000;
+        unsigned bits = __float_as_uint(__fadd_rn(value, 0.0f));  // -0 is +0
+        unsigned order = value != value ? kNan : bits & kSign ? ~bits : bits | kSign;
+        unsigned best = __reduce_max_sync(kFullWarp, order);
+        id = (int)__reduce_min_sync(kFullWarp, order == best ? (unsigned)id : kNan);
+        value = __uint_as_float(best == kNan ? best >> 1 : best & kSign ? best & ~kSign : ~best);
     }
 };
 __device__ __forceinline__ Candidate no_candidate() {

@@ -25,10 +25,6 @@ constexpr int kStepBytes = NUMERICS_STEP * kKeyBytes;  // of sixteen keys
 constexpr int kSegmentKeys = NUMERICS_TILE * NUMERICS_SEGMENT;
 constexpr int kPartialColumns = kTileCols + 2;  // of a segment's result: 64 values, maximum, sum
 
-__device__ __forceinline__ float bf16_product(float a, float b) {
-    return to_float(to_bf16(__fmul_rn(a, b)));
-}
-
 // P of a row and its sum, from its scores: this lane holds keys 8 j + 2 q and + 1. Keys that do not count
 // have a score of minus infinity, which makes their P +0.
 static __device__ __forceinline__ void softmax_row(uint32_t (&p)[kKeyGroups], float &max, float &sum,

@@ -214,6 +214,7 @@ static __global__ void __launch_bounds__(kManyThreads, 1)
     } else {
         take_registers<kConsumerRegisters>();
         wait_for_previous_kernel();
+        if (tiles.counted != nullptr) tiles.num_tokens = *tiles.counted;
         int consumer_warp = warp - kWarpgroup / kWarp;
         consume(ring, barriers, tiles, operation, staging + consumer_warp * kWarpTokens * kStagingPitch,
                 consumer_warp, lane);
@@ -240,7 +241,7 @@ static inline Status prepare_many(ManyMaps *maps, ManyTiles *tiles, int *num_mul
         rows += weight->rows;
     }
     *tiles = {operands.num_tokens, num_tiles(cols), (operands.num_tokens + kBlockTokens - 1) / kBlockTokens,
-              (rows + kBlockRows - 1) / kBlockRows};
+              (rows + kBlockRows - 1) / kBlockRows, nullptr};
     TRY(CUDA_STATUS(cudaGetDevice(&device)));
     return CUDA_STATUS(cudaDeviceGetAttribute(num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
 }

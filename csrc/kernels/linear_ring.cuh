@@ -46,6 +46,7 @@ struct ManyTiles {
     int k_tiles;
     int token_tiles;
     int row_tiles;
+    const int *counted;  // where a step keeps its number of tokens, or null: num_tokens
 };
 
 struct PartPlace {

@@ -14,10 +14,6 @@
 
 constexpr int kPairChunks = kChunksPerRow / 2;  // chunks of half a head
 
-static __device__ __forceinline__ float bf16_product(float a, float b) {
-    return to_float(to_bf16(__fmul_rn(a, b)));
-}
-
 struct ProjectHeads {
     static constexpr int kParts = kBlockRows / kTileCols;
     static constexpr int kUnits = kWarpTokens * kParts * kPairChunks / kWarp;

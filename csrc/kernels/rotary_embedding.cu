@@ -20,10 +20,6 @@ extern "C" {
 
 constexpr int kThreads = 256;  // full occupancy at any register count
 
-static __device__ __forceinline__ float bf16_product(float a, float b) {
-    return to_float(to_bf16(__fmul_rn(a, b)));
-}
-
 static __global__ void rotary_embedding_kernel(bf16 *out, const bf16 *x, const bf16 *table,
                                                const int32_t *positions, int num_heads, int head_dim,
                                                int64_t num_pairs) {

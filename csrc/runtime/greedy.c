@@ -10,6 +10,7 @@ Status prepare_decode(Engine *e) {
     const Weights *w = &m->weights;
     const Activations *a = &m->activations;
     if (!m->kernels->decode_step) return STATUS_OK;
+    int max_num_seqs = e->options.max_num_seqs, max_num_tokens = e->options.max_num_tokens;
     DecodeProblem problem = {
         .num_layers = c->num_layers,
         .hidden_size = c->hidden_size,
@@ -17,7 +18,7 @@ Status prepare_decode(Engine *e) {
         .num_heads = c->num_heads,
         .num_kv_heads = c->num_kv_heads,
         .max_seq_len = e->options.max_seq_len,
-        .max_num_seqs = e->options.max_num_seqs,
+        .max_num_seqs = max_num_seqs < max_num_tokens ? max_num_seqs : max_num_tokens,
         .eps = c->rms_norm_eps,
         .embed_tokens = w->embed_tokens,
         .lm_head = w->lm_head,

@@ -172,8 +172,9 @@ struct PieceSource {
     TileCursor cursor;
     uint32_t ring, full, empty;  // of the warp
     int run, run_keys;           // which of a piece's copies, and the keys of one
-    int part, slot, parity;      // a fresh barrier's phase before the first counts as ended
-    int blocks[2];               // of the lane's run of either half
+    uint64_t policy;
+    int part, slot, parity;  // a fresh barrier's phase before the first counts as ended
+    int blocks[2];           // of the lane's run of either half
 
     template <bool kPaired>
     __device__ __forceinline__ PieceSource(AttentionShared<kPaired> &block,
@@ -187,6 +188,7 @@ struct PieceSource {
         empty = shared_address(block.empty[warp]);
         run = lane % kRuns;
         run_keys = min(kPieceKeys, args.cache.block_size);
+        policy = evict_first_policy();  // a step's keys and values do not fit the cache in any case
         part = slot = 0;
         parity = 1;
         if (has_piece()) look_up_blocks();
@@ -221,8 +223,8 @@ struct PieceSource {
                                kv_tile_offset(half ? blocks[1] : blocks[0], cursor.at.kv_head,
                                               args.cache.num_kv_heads, block_size) +
                                ((first_key & (block_size - 1)) + (is_value ? block_size : 0)) * kTileCols;
-            copy_bulk(ring + slot * kPieceBytes + run * run_keys * kKeyBytes, from, own_keys * kKeyBytes,
-                      barrier);
+            copy_bulk_with_policy(ring + slot * kPieceBytes + run * run_keys * kKeyBytes, from,
+                                  own_keys * kKeyBytes, barrier, policy);
         }
         slot = slot + 1 < kSlots ? slot + 1 : 0;
         parity ^= slot == 0;

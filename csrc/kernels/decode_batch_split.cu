@@ -13,6 +13,8 @@
 
 #include "decode_batch_exchange.cuh"
 
+constexpr int kStagesAhead = 2;  // of weights, asked for before the kernel before this one has ended
+
 enum SplitOutput { kQkvOutput, kResidualOutput };
 
 struct SplitArguments {
@@ -108,7 +110,7 @@ static __device__ __forceinline__ void produce(const SplitArguments &args, const
     using Stage = typename Shape::Stage;
     uint64_t policy = evict_first_policy();
     int count = own_stages<Stage>(args.k_tiles, exchange.rank, Shape::kRanks);
-    int ahead = min(count, ring.num_stages);
+    int ahead = min(count, min(kStagesAhead, ring.num_stages));
     auto place_of = [&](int g) { return group_place(args, row_tile * Shape::kGroups + g); };
     auto tiles_of = [&](int i) {
         return tiles_of_stage<Stage>(i, args.k_tiles, exchange.rank, Shape::kRanks);

@@ -52,7 +52,7 @@ endif
 OBJECTS := $(patsubst csrc/%,build/%.o,$(C_FILES) $(CU_FILES))
 
 .DEFAULT_GOAL := build
-.PHONY: help build verify verify-op test test-deep mutants localise false-alarms teeth properties evidence golden record-gpu sanitize lint format clean FORCE
+.PHONY: help build verify verify-op test test-deep mutants localise false-alarms teeth properties evidence golden record-gpu sanitize sanitize-cpu lint format clean FORCE
 .PHONY: bench bench-gpu bench-compare bench-table
 
 help:  ## this list
@@ -101,6 +101,15 @@ record-gpu: $(LIBRARY) $(PACKAGES)  ## on a GPU machine: its bits, tests, saniti
 
 sanitize: $(LIBRARY) $(PACKAGES)  ## four sanitizers over every kernel, each after its planted defect
 	NVCC="$(NVCC)" $(PYTHON) -m verification.sanitizers $(ARGS)
+
+# Built over the library, so that what is tested is what is measured; the last line builds it anew.
+sanitize-cpu: $(PACKAGES)  ## C's tests under the compiler's sanitizers: addresses, undefined behaviour
+	@$(MAKE) --no-print-directory build CUDA=none \
+	  CC="$(CC) -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	  $(PYTHON) -m pytest --capture=sys -m "not slow and not gpu" \
+	  $(or $(TESTS),tests/twin tests/runtime tests/model tests/system) $(ARGS)
+	@$(MAKE) --no-print-directory build
 
 BENCH = NVCC="$(NVCC)" $(PYTHON) -m pytest --benchmark-only -o addopts="--import-mode=importlib" -q -rs
 bench: $(LIBRARY) $(PACKAGES)  ## benchmarks of the operators and of the engine, on a GPU with its peers

@@ -229,6 +229,38 @@ class TestBuilding:
         source.write_text(original)
         copy.make()
 
+    @pytest.mark.parametrize(
+        ("fault", "said"),
+        [
+            ("    volatile int32_t *far = ids + num_rows; *far = 0;\n", "heap-buffer-overflow"),
+            (
+                "    volatile int most = 0x7fffffff; most += vocab_size;\n",
+                "signed integer overflow",
+            ),
+            ("", None),
+        ],
+        ids=["beyond an array", "overflow", "nothing"],
+    )
+    def test_the_compilers_sanitizers_find_what_is_planted(
+        self, tmp_path: Path, fault: str, said: str | None
+    ):
+        fresh = Copy(tmp_path / "a fresh copy")
+        skip = shutil.ignore_patterns("__pycache__")
+        for name in ("tests", "verification", "golden"):
+            shutil.copytree(ROOT / name, fresh.root / name, ignore=skip)
+        shutil.copy(ROOT / "pyproject.toml", fresh.root)
+        source = fresh.root / "csrc" / "twin" / "argmax.c"
+        head, body = source.read_text().split("Stream stream) {\n", 1)
+        source.write_text(f"{head}Stream stream) {{\n{fault}{body}")
+
+        printed = fresh.make(
+            *("sanitize-cpu", "VENV=system", "TESTS=tests/twin/test_argmax.py"),
+            check=said is None,
+            PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        )
+
+        assert said in printed if said else "passed" in printed
+
     def test_clean_removes_what_was_built(self, tmp_path: Path):
         fresh = Copy(tmp_path / "clean")
         (fresh.root / "build").mkdir()

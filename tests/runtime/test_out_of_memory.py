@@ -19,7 +19,7 @@ from tests.runtime.wrapped_twin import build_wrapped_twin
 from tests.twin.bits import assert_same_bits, normal
 from tests.twin.paged import attend, draw
 
-WRAPPED = ("malloc", "calloc", "aligned_alloc", "free", "pthread_create")
+WRAPPED = ("malloc", "calloc", "aligned_alloc", "posix_memalign", "free", "pthread_create")
 # Two threads: starting the pool is among what can fail.
 ROOM = EngineConfig(
     "cpu",

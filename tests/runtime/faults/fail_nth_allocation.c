@@ -3,6 +3,7 @@
 // Counts what is given out and what comes back, and refuses the n-th request on demand. Linked into a
 // library built for tests only (tests/runtime/test_out_of_memory.py); the real one never sees it.
 
+#include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stddef.h>
@@ -13,6 +14,7 @@
 void *__real_malloc(size_t size);
 void *__real_calloc(size_t count, size_t size);
 void *__real_aligned_alloc(size_t alignment, size_t size);
+int __real_posix_memalign(void **memory, size_t alignment, size_t size);
 void __real_free(void *memory);
 int __real_pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*start)(void *),
                           void *argument);
@@ -53,6 +55,12 @@ void *__wrap_calloc(size_t count, size_t size) {
 
 void *__wrap_aligned_alloc(size_t alignment, size_t size) {
     return refused() ? NULL : counted(__real_aligned_alloc(alignment, size));
+}
+
+int __wrap_posix_memalign(void **memory, size_t alignment, size_t size) {
+    int status = refused() ? ENOMEM : __real_posix_memalign(memory, alignment, size);
+    if (status == 0) counted(*memory);
+    return status;
 }
 
 void __wrap_free(void *memory) {

@@ -75,7 +75,8 @@ def main() -> int:
         return 1
     source, began = gpu_source_stamp(), time.monotonic()
     planted = build_planted(found["nvcc"], ROOT / "build" / "planted")
-    opcode_at = sass_opcodes([LIBRARY_PATH, *planted.values()], found["cuobjdump"])
+    programs = [LIBRARY_PATH, *planted.values()]
+    opcode_at = sass_opcodes(programs, found["cuobjdump"], found["c++filt"])
     LOGS.mkdir(parents=True, exist_ok=True)
     run = sanitizer(found["compute-sanitizer"], LOGS)
 

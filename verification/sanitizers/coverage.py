@@ -38,11 +38,12 @@ def kernels_listed(listing: str) -> list[str]:
 
 def coverage(kernels: Iterable[str], launched: Iterable[str]) -> Coverage:
     """Both sets, of names in C++'s form; what is launched beside them does not count."""
-    return Coverage(*(frozenset(_plain(name) for name in names) for names in (kernels, launched)))
+    plain = [frozenset(map(plain_name, names)) for names in (kernels, launched)]
+    return Coverage(*plain)
 
 
-def _plain(name: str) -> str:
-    """A name without what one demangler writes and another does not: casts, spaces, arguments."""
+def plain_name(name: str) -> str:
+    """A kernel's name and template arguments, without what demanglers write differently."""
     found = re.match(r"(?:void )?(\w+)(<.*?>)?\(", re.sub(r"\((?:int|bool)\)", "", name.strip()))
     if found is None:
         return name.strip()

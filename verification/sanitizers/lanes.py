@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from verification.sanitizers.coverage import plain_name
 from verification.sanitizers.findings import Kind, OpcodeAt, Report, read_report
 
 TIMEOUT = 150  # seconds, of the tool over the workload
@@ -62,7 +63,7 @@ LANES = (
         "missing_barrier",
         "Race reported",
         BARRIERS,
-        controls=("once", "ring", "arrive", "plain", "lanes", "init"),
+        controls=("once", "ring", "arrive", "plain", "lanes", "patch", "init"),
         comparison=("unordered",),
         is_apart=True,
         without=("toy", "toy-untied"),
@@ -224,26 +225,37 @@ def sanitizer(path: str, logs: Path) -> Run:
     return run
 
 
-def sass_opcodes(paths: Sequence[Path], cuobjdump: str) -> OpcodeAt:
-    """Instructions by kernel name and offset; disassembled aside, beginning now."""
+def sass_opcodes(paths: Sequence[Path], cuobjdump: str, demangler: str) -> OpcodeAt:
+    """Instructions by kernel and offset; disassembled aside, beginning now."""
 
     def disassembled(path: Path) -> dict[str, dict[int, str]]:
         command = [cuobjdump, "--dump-sass", str(path)]
-        return read_sass(subprocess.run(command, capture_output=True, text=True).stdout)
+        code = read_sass(subprocess.run(command, capture_output=True, text=True).stdout)
+        names = subprocess.run([demangler, *code], capture_output=True, text=True).stdout
+        return dict(zip(names.splitlines(), code.values(), strict=False))
 
     pool = ThreadPoolExecutor()
     pending = [pool.submit(disassembled, path) for path in paths]
     pool.shutdown(wait=False)
 
     @cache
-    def functions() -> dict[str, dict[int, str]]:
-        return {name: code for future in pending for name, code in future.result().items()}
+    def opcodes() -> OpcodeAt:
+        return opcodes_of([listing for future in pending for listing in future.result().items()])
+
+    return lambda function, offset: opcodes()(function, offset)
+
+
+def opcodes_of(listings: Sequence[tuple[str, dict[int, str]]]) -> OpcodeAt:
+    """The instruction at an offset of a kernel, by listings of C++ names; None where they differ.
+
+    A template's instances are kernels of their own: other code lies at the same offset.
+    """
 
     def opcode_at(function: str, offset: int) -> str | None:
-        name = re.search(r"([A-Za-z_]\w*)\s*(?:<.*>)?\s*\(", function)
-        bare = name[1] if name else function
-        code = [of for key, of in functions().items() if bare in key]
-        there = {of[offset] for of in code if offset in of}
+        wanted = plain_name(function)
+        there = {
+            code[offset] for name, code in listings if plain_name(name) == wanted and offset in code
+        }
         return there.pop() if len(there) == 1 else None
 
     return opcode_at

@@ -30,7 +30,8 @@ NAN, ONE = 0x7FC1, 0x3F80
 TOKENS = (1, 8, 9, 17, 64, 65, 129)  # around the fragments of 8, the strips of 64, the tiles of 128
 # Models whose steps run whole: heads per kv head 2 and 3; an odd vocabulary; long reductions.
 MODELS = ("toy", "toy-gqa3", "toy-untied", "toy-wide")
-# Reductions of 3, 4, 6 and 8 chunks, which no toy has: more blocks share them in a step of many.
+# Reductions of 3, 4, 6 and 8 chunks, which no toy has: more blocks share them in a step of many;
+# and so many heads that a block of such a step has a tile of their rows alone.
 LONG_SUMS = {
     "three-to-six-chunks": replace(
         CONFIGS["toy"],
@@ -41,6 +42,9 @@ LONG_SUMS = {
         intermediate_size=3072,
     ),
     "eight-chunks": replace(CONFIGS["toy"], num_layers=1, intermediate_size=3648),
+    "many-heads": replace(
+        CONFIGS["toy"], num_layers=1, hidden_size=64, num_heads=64, num_kv_heads=8
+    ),
 }
 # Of sequences: cached keys around a tile of 128 and a segment of 1024.
 FEW = ((127,), (1030, 0, 16))
@@ -163,6 +167,7 @@ def attention_cases(ops: Ops) -> Iterator[Case]:
                 [(126, 1), (127, 1), (128, 1), (1029, 1)],
                 [(0, 130), (120, 9), (0, 1)],
                 [(2099, 1), (3, 1)],
+                [(5, 2)] * 70,  # more blocks than the card has multiprocessors: of three warpgroups
             ):
                 counts = [-(-(start + new) // block_size) for start, new in runs]
                 num_blocks = sum(counts) + 1  # one belongs to nobody
@@ -192,7 +197,7 @@ OPERATIONS: dict[str, Callable[[Ops], Iterator[Case]]] = {
     "elementwise": elementwise_cases,
 }
 # Models of which steps of so many sequences run alone; toy-gqa8: eight heads a kv head.
-STEPS = {"toy-gqa8": MANY[:1], **dict.fromkeys(LONG_SUMS, MANY[-1:])}
+STEPS = {"toy-gqa8": MANY[:1], **dict.fromkeys(LONG_SUMS, MANY[-1:]), "eight-chunks": MANY}
 PARTS = (*OPERATIONS, *MODELS, *STEPS)  # each may run in a process of its own
 
 
@@ -212,6 +217,16 @@ def model_cases(name: str, runner: ModelRunner) -> Iterator[Case]:
         yield f"{name}: decode after {lengths}, a tap", lambda b=step: _tapped(runner, b)
         yield f"{name}: 2 greedy steps after {lengths}", lambda b=step: runner.engine.decode(b, 2)
     yield from many_cases(name, runner, MANY)
+    lengths = (*MANY_LENGTHS, *[5] * 6)
+    tables = _tables(runner, (*lengths, 17))
+    parts = [SequenceSlice([3], n, table) for n, table in zip(lengths, tables, strict=False)]
+    mixed = build_batch(
+        [*parts, SequenceSlice(_ids(runner, 17), 0, tables[-1])], ROOM.block_size, "last"
+    )
+    yield (
+        f"{name}: {len(lengths)} sequences decode beside a prompt of 17",
+        lambda b=mixed: runner.forward(b),
+    )
     step = _decode_batch((5, 3), _tables(runner, (5, 3)))
     yield (
         f"{name}: 2 tokens chosen with edits and scores",

@@ -10,6 +10,8 @@
 //   arrive  the same, every reading lane arrives for itself
 //   plain   the same as ring, read by ordinary loads
 //   lanes   a ring whose pieces are copied by four lanes after one lane told the bytes
+//   patch   a ring into whose pieces the reading warp writes a row of its own before it reads, as attention
+//           does with the step's new key: a proxy fence stands between that write and the copy that follows
 //   init    two arrays of barriers, initialised by the first 44 and the first 22 threads, beside members
 //   that
 //           lanes of other warps write meanwhile: the start of decode_step_kernel. The compiler predicates
@@ -22,6 +24,7 @@
 #include <cuda_runtime.h>
 #include <stdio.h>
 #include <string.h>
+#include "async_copy.cuh"
 #include "ptx.cuh"
 
 constexpr int kWarp = 32, kWarps = 6;
@@ -30,8 +33,10 @@ constexpr int kPieceBytes = kTiles * kRows * kRowBytes;
 constexpr int kPieces = 8, kSlots = 2, kCopyLanes = 4;
 constexpr int kFull = 44, kEmpty = 22, kOrders = 5;  // as the engine's ring has
 
-enum Mode { kOnce, kRing, kArrive, kPlain, kLanes, kInit, kUnordered, kNumModes };
-const char *const kNames[] = {"once", "ring", "arrive", "plain", "lanes", "init", "unordered"};
+enum Mode { kOnce, kRing, kArrive, kPlain, kLanes, kPatch, kInit, kUnordered, kNumModes };
+const char *const kNames[] = {"once", "ring", "arrive", "plain", "lanes", "patch", "init", "unordered"};
+
+constexpr uint32_t kPatched = 7;
 
 struct Shared {
     alignas(128) unsigned char ring[kSlots][kPieceBytes];
@@ -66,6 +71,13 @@ static __device__ void produce(Shared &shared, const unsigned char *in, Mode mod
     }
 }
 
+static __device__ void patch_piece(Shared &shared, int slot) {
+    int lane = (int)threadIdx.x;
+    reinterpret_cast<uint32_t *>(shared.ring[slot])[lane] = kPatched;
+    fence_async_proxy();  // this write comes before the copy that fills the slot again
+    __syncwarp();         // the row is in before any lane reads it
+}
+
 static __device__ void read_piece(uint32_t (&part)[4], const Shared &shared, int slot, Mode mode) {
     int lane = (int)threadIdx.x;
     if (mode == kPlain) {
@@ -85,6 +97,7 @@ static __device__ void consume(Shared &shared, uint32_t *out, Mode mode, int pie
         uint32_t empty = shared_address(&shared.empty[slot]);
         if (mode == kUnordered) read_piece(part, shared, slot, mode);
         barrier_wait(full, piece / kSlots & 1);
+        if (mode == kPatch) patch_piece(shared, slot);
         if (mode != kUnordered) read_piece(part, shared, slot, mode);
         for (int i = 0; i < 4; ++i) sums[i] += part[i];
         __syncwarp();  // every lane has read before one lane gives the slot back
@@ -157,7 +170,7 @@ int main(int count, char **words) {
         for (int i = 0; i < 4 * kWarp; ++i) {
             uint32_t word;
             memcpy(&word, host + piece * kPieceBytes + i * 4, 4);
-            expected[i] += word;
+            expected[i] += mode == kPatch && i < kWarp ? kPatched : word;
         }
     }
     unsigned char *in;

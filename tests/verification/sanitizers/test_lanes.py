@@ -8,7 +8,7 @@ import pytest
 
 from tests.verification.sanitizers.test_findings import CLEAN, MEMCHECK
 from verification.sanitizers import lanes
-from verification.sanitizers.lanes import LANES, Lane, read_sass, run_lane
+from verification.sanitizers.lanes import LANES, Lane, opcodes_of, read_sass, run_lane
 
 PLANTED = {name: Path(name) for name in ("out_of_bounds", "bulk_copy_control", "missing_barrier")}
 PARTS = ("workload",)
@@ -214,3 +214,20 @@ def test_opcodes_are_read_from_a_listing():
         "_Z3onePi": {0: "LDC", 0x10: "UBLKCP", 0x20: "LDSM"},
         "_Z3twoPi": {0: "EXIT"},
     }
+
+
+def test_a_templates_instances_have_code_of_their_own():
+    opcode_at = opcodes_of(
+        [
+            ("void one<(bool)0>(int*)", {0x10: "UBLKCP"}),
+            ("void one<(bool)1>(int*)", {0x10: "LDSM", 0x20: "STS"}),
+            ("two(int*)", {0x10: "LDS"}),
+            ("two(int*)", {0x10: "STS", 0x20: "NOP"}),
+        ]
+    )
+
+    assert opcode_at("void one<true>(int *)", 0x10) == "LDSM"
+    assert opcode_at("void one<(bool)0>(int *)", 0x10) == "UBLKCP"
+    assert opcode_at("two(int *)", 0x10) is None  # two kernels of one name: no guess
+    assert opcode_at("two(int *)", 0x20) == "NOP"
+    assert opcode_at("one(int *)", 0x10) is None

@@ -59,6 +59,6 @@ def test_a_models_long_sums_are_run_in_a_step_of_many_sequences(library):
         chunks |= {-(-width // NUMERICS_CHUNK) for width in widths}
         room = replace(workload.ROOM, device="cpu")
         with ModelRunner(workload.long_sums_directory(name), room, library) as runner:
-            assert workload.run_cases(workload.many_cases(name, runner, (9,))) == 1
+            assert workload.run_cases(workload.many_cases(name, runner, workload.STEPS[name])) > 0
 
     assert {3, 4, 6, 8} <= chunks

@@ -115,7 +115,7 @@ ACCEPTED = {
     "repetition_penalty": [0.01, 1, 1.3, 100],
     "presence_penalty": [-2, 0, 2],
     "frequency_penalty": [-2, 0, 2],
-    "logit_bias": [None, {}, {0: -100}, {2**24 - 1: 100.0, 3: 0.5}],
+    "logit_bias": [None, {}, {0: -100}, {2**24 - 1: 100.0, 3: 0.5}, dict.fromkeys(range(1024), 1)],
     "seed": [None, 0, 2**64 - 1],
     "logprobs": [None, 0, 20],
     "prompt_logprobs": [None, 0, 20],

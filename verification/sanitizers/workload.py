@@ -167,7 +167,7 @@ def attention_cases(ops: Ops) -> Iterator[Case]:
                 [(126, 1), (127, 1), (128, 1), (1029, 1)],
                 [(0, 130), (120, 9), (0, 1)],
                 [(2099, 1), (3, 1)],
-                [(5, 2)] * 70,  # more blocks than the card has multiprocessors: of three warpgroups
+                [(5, 5)] * 70,  # more blocks than the card has multiprocessors: of three warpgroups
             ):
                 counts = [-(-(start + new) // block_size) for start, new in runs]
                 num_blocks = sum(counts) + 1  # one belongs to nobody

@@ -37,7 +37,7 @@ class Beginning(Sequence[Item]):
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Beginning | tuple):
-            return NotImplemented
+            return NotImplemented  # Python then asks the other side, as for every type
         return len(self) == len(other) and tuple(self) == tuple(other)
 
     def __hash__(self) -> int:

@@ -8,15 +8,13 @@ from collections.abc import Iterator
 import pytest
 
 from engine.bindings import Library
-from engine.errors import DeviceUnavailable
 from engine.ops import Ops
+from tests.devices import skipped_without_device
 
 
 @pytest.fixture(scope="session")
 def gpu(library: Library) -> Iterator[Ops]:
-    try:
+    with skipped_without_device():
         ops = Ops(library, "cuda")
-    except DeviceUnavailable as error:
-        pytest.skip(f"requires a CUDA device of compute capability 9.0: {error}")
     with ops:
         yield ops

@@ -10,9 +10,9 @@ import pytest
 from engine.batch import SequenceSlice, build_batch
 from engine.bindings import Library, Tap, TapPoint
 from engine.config import EngineConfig
-from engine.errors import DeviceUnavailable
 from engine.model_runner import ModelRunner
 from engine.models import resolve
+from tests.devices import skipped_without_device
 from tests.system.trace import tokens
 from tests.twin.bits import assert_same_bits
 
@@ -35,16 +35,15 @@ def test_a_long_prefill_is_the_tapped_one(library: Library, name: str, length: i
     table = np.random.default_rng(length).permutation(40).tolist()
     batch = build_batch([SequenceSlice(tokens(length, length), 0, table)], 128, "all")
     results = []
-    try:
-        with ModelRunner(resolve(name), room, library) as runner:
-            for taps in (
-                [Tap(TapPoint.embed, 0, out=runner.tap_buffer(TapPoint.embed, batch))],
-                [],
-            ):
-                output = runner.forward(batch, taps)
-                results.append([output.logits, *runner.read_kv(1, batch.slot_mapping)])
-    except DeviceUnavailable as error:
-        pytest.skip(f"requires a CUDA device of compute capability 9.0: {error}")
+    with skipped_without_device():
+        runner = ModelRunner(resolve(name), room, library)
+    with runner:
+        for taps in (
+            [Tap(TapPoint.embed, 0, out=runner.tap_buffer(TapPoint.embed, batch))],
+            [],
+        ):
+            output = runner.forward(batch, taps)
+            results.append([output.logits, *runner.read_kv(1, batch.slot_mapping)])
 
     for found, expected in zip(*results, strict=True):
         assert_same_bits(found, expected)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from engine.batch import Batch, SequenceSlice, build_batch
-from engine.errors import DeviceUnavailable, InvalidArgument
+from engine.errors import InvalidArgument
 from engine.model_runner import ModelRunner, StepOutput
 from engine.sampling import PromptToken, SamplingBatch, SequenceSampler, build_sampling
 from engine.sampling_params import SamplingParams
+from tests.devices import skipped_without_device
 from tests.system.trace import tokens
 from tests.twin.bits import assert_same_bits
 
@@ -19,10 +20,8 @@ DRAWN = SamplingParams(temperature=0.8, top_k=9, frequency_penalty=0.5, logprobs
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def runner(request: pytest.FixtureRequest, make_runner: Callable[..., ModelRunner]) -> ModelRunner:
-    try:
+    with skipped_without_device():
         return make_runner("toy", num_blocks=48, max_seq_len=64, device=request.param)
-    except DeviceUnavailable as error:
-        pytest.skip(f"requires a CUDA device of compute capability 9.0: {error}")
 
 
 def prefill(logits: str = "last") -> Batch:

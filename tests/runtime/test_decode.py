@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from engine.batch import Batch, SequenceSlice, build_batch
-from engine.errors import DeviceUnavailable, InvalidArgument
+from engine.errors import InvalidArgument
 from engine.model_runner import ModelRunner
+from tests.devices import skipped_without_device
 from tests.system.trace import assert_same_trace, cache_of, tokens
 from tests.twin.bits import assert_same_bits
 
@@ -17,10 +18,8 @@ STARTS = (20, 30)
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def runner(request: pytest.FixtureRequest, make_runner: Callable[..., ModelRunner]) -> ModelRunner:
-    try:
+    with skipped_without_device():
         return make_runner("toy", num_blocks=12, max_seq_len=64, device=request.param)
-    except DeviceUnavailable as error:
-        pytest.skip(f"requires a CUDA device of compute capability 9.0: {error}")
 
 
 def first_step(runner: ModelRunner, ids: list[int], step: int = 0) -> Batch:

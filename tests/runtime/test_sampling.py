@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine.batch import Batch, SequenceSlice, build_batch
-from engine.errors import DeviceUnavailable, InvalidArgument
+from engine.errors import InvalidArgument
 from engine.model_runner import ModelRunner
 from engine.sampling import (
     EDIT,
@@ -19,6 +19,7 @@ from engine.sampling import (
 )
 from engine.sampling_params import SamplingParams
 from engine.sampling_struct import fill_sampling
+from tests.devices import skipped_without_device
 from tests.system.trace import tokens
 from tests.twin import sampling_contract as page
 from tests.twin.bits import assert_same_bits
@@ -29,10 +30,8 @@ GREEDY = SamplingParams(temperature=0)
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def runner(request: pytest.FixtureRequest, make_runner: Callable[..., ModelRunner]) -> ModelRunner:
-    try:
+    with skipped_without_device():
         return make_runner("toy", num_blocks=24, max_seq_len=64, device=request.param)
-    except DeviceUnavailable as error:
-        pytest.skip(f"requires a CUDA device of compute capability 9.0: {error}")
 
 
 def prefill(count: int = 1) -> Batch:

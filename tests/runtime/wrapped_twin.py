@@ -29,7 +29,7 @@ def build_wrapped_twin(path: Path, wrapping: str, wrapped: Sequence[str]) -> Non
         wrapped: functions whose calls go there.
     """
     compiler = shutil.which("cc")
-    if compiler is None:
+    if compiler is None:  # the library itself may have been built elsewhere
         pytest.skip("requires a C compiler")
     sources = [
         p for folder in ("twin", "model", "runtime") for p in sorted((CSRC / folder).glob("*.c"))

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import engine.running_batch
-from engine.errors import DeviceUnavailable
 from engine.model_runner import ModelRunner
+from tests.devices import skipped_without_device
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -18,10 +18,8 @@ def runner_of(
     """What `make_runner` makes, on one device after the other."""
 
     def make(name: str = "toy", **room: object) -> ModelRunner:
-        try:
+        with skipped_without_device():
             return make_runner(name, **{"device": request.param, **room})
-        except DeviceUnavailable as error:
-            pytest.skip(f"requires a CUDA device of compute capability 9.0: {error}")
 
     return make
 

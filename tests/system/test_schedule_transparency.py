@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from engine.answer_text import AnswerText
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig
-from engine.errors import DeviceUnavailable
 from engine.model_runner import ModelRunner
 from engine.models import resolve
 from engine.running_batch import RunningBatch
 from engine.scheduler import Scheduler
 from engine.sources.toy import CONFIGS
 from engine.tokenizer import Tokenizer
+from tests.devices import skipped_without_device
 from tests.engine.paged_token_model import PagedTokenModel
 from tests.system.schedules import MAX_SEQ_LEN, SAVED, Planned, Schedule, Server, schedules
 
@@ -47,13 +47,11 @@ def server(tokenizer: Tokenizer) -> Server:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], scope="module")
 def toy(request: Any, make_runner: Callable[..., ModelRunner], tokenizer: Tokenizer) -> Server:
     room = {"num_blocks": 40, "max_seq_len": MAX_SEQ_LEN, "max_num_tokens": MAX_SEQ_LEN}
-    try:
+    with skipped_without_device():
         runners = [
             make_runner(device=request.param, max_num_seqs=16, enforce_eager=eager, **room)
             for eager in (False, True)
         ]
-    except DeviceUnavailable as error:
-        pytest.skip(f"requires a CUDA device of compute capability 9.0: {error}")
     # More end tokens than it has, so that answers do end.
     config = replace(CONFIGS["toy"], eos_token_ids=tuple(range(60)))
     return Server(lambda room: runners[room.enforce_eager], config, tokenizer, request.param)

@@ -105,6 +105,11 @@ def test_an_engines_calls_are_all_known():
     known |= {"forward_begin", "forward_end"}
     public = {name for name, _ in inspect.getmembers(Engine, inspect.isfunction)}
     assert {name for name in public if not name.startswith("_")} <= known
+    # It takes Engine's place, so its parameters are Engine's; written out, for who reads it.
+    for name, method in inspect.getmembers(RememberedEngine, inspect.isfunction):
+        if name in public and not name.startswith("_"):
+            expected = inspect.signature(getattr(Engine, name)).parameters
+            assert list(inspect.signature(method).parameters) == list(expected), name
 
 
 def test_operations_are_kept_by_their_inputs(library: Library, twin: Ops, tmp_path: Path):

@@ -16,10 +16,10 @@ import jinja2
 import jinja2.ext
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers.decoders import DecodeStream
 
 from engine.errors import CheckpointError, InvalidArgument
 from engine.json_file import MAX_JSON_BYTES, contained_file, read_json_object
+from engine.text_stream import TextStream
 
 ROLES = ("system", "user", "assistant")
 MAX_TEMPLATE_CHARS = 1 << 20  # Llama 3.2's has 4 thousand
@@ -54,6 +54,7 @@ class Tokenizer:
         longest_first = sorted(self._special_ids, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._template = None if chat_template is None else _compile(chat_template)
+        self._silent_ids = frozenset(self._special_ids.values()) | _byte_ids(tokenizer)
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> "Tokenizer":
@@ -219,9 +220,14 @@ class Tokenizer:
         """The text of token ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
-    def stream(self) -> "TextStream":
+    def stream(self) -> TextStream:
         """A decoder that is given one token at a time."""
-        return TextStream(self)
+        return TextStream(self.decode, self._is_silent)
+
+    def _is_silent(self, token_id: int) -> bool:
+        """Whether a token is no text, or a byte that makes text only with those around it."""
+        is_known = self._tokenizer.id_to_token(token_id) is not None
+        return token_id in self._silent_ids or not is_known
 
     def _ids(self, tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
         try:
@@ -233,31 +239,12 @@ class Tokenizer:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-class TextStream:
-    """Turns one sequence's tokens into pieces of text as they come.
-
-    Invariant: all pieces together are what `Tokenizer.decode` makes of all tokens together.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        """Start at the beginning of a text."""
-        self._owner = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._token_ids: list[int] = []
-        self._num_chars = 0
-
-    def push(self, token_id: int) -> str:
-        """The text that became certain with this token: empty while a character is incomplete."""
-        self._token_ids.append(token_id)
-        piece = self._stream.step(self._owner._tokenizer, token_id) or ""
-        self._num_chars += len(piece)
-        return piece
-
-    def finish(self) -> str:
-        """What was held back: an incomplete last character, as U+FFFD."""
-        rest = self._owner.decode(self._token_ids)[self._num_chars :]
-        self._num_chars += len(rest)
-        return rest
+def _byte_ids(tokenizer: tokenizers.Tokenizer) -> frozenset[int]:
+    """Tokens of single bytes, `<0x00>` to `<0xFF>`, where the decoder takes them as such."""
+    ids = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+    letter = ids[ord("A")]
+    is_byte_fallback = letter is not None and tokenizer.decode([letter]) == "A"
+    return frozenset(ids) - {None} if is_byte_fallback else frozenset()
 
 
 def _compile(source: str) -> jinja2.Template:

@@ -266,32 +266,3 @@ class TestFromDirectory:
     def test_a_missing_tokenizer_is_refused_with_its_path(self, tmp_path: Path):
         with pytest.raises(CheckpointError, match="tokenizer.json: no such file"):
             Tokenizer.from_directory(tmp_path)
-
-
-@settings(derandomize=True, deadline=None)
-@given(token_ids=st.lists(st.integers(0, 319), max_size=24))
-def test_streamed_pieces_are_together_what_decode_gives(token_ids):
-    tokenizer = tokenizer_with()
-    stream = tokenizer.stream()
-
-    pieces = [stream.push(token_id) for token_id in token_ids]
-
-    assert "".join(pieces) + stream.finish() == tokenizer.decode(token_ids)
-
-
-def test_a_character_of_four_tokens_appears_with_its_last():
-    stream = tokenizer_with().stream()
-
-    pieces = [stream.push(byte) for byte in "🤔!".encode()]
-
-    assert pieces == ["", "", "", "🤔", "!"]
-    assert stream.finish() == ""
-
-
-def test_an_incomplete_character_at_the_end_is_not_lost():
-    stream = tokenizer_with().stream()
-
-    pieces = [stream.push(byte) for byte in b"a\xf0\x9f"]
-
-    assert pieces == ["a", "", ""]
-    assert stream.finish() == tokenizer_with().decode(list(b"a\xf0\x9f"))[1:] != ""

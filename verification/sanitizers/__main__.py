@@ -1,7 +1,7 @@
 """The command `make sanitize`: builds what is planted, runs the four lanes side by side, reports.
 
 Knows where tools and programs are and writes build/sanitize.json; decides no lane's verdict. Exit
-status: 0 every lane passes, 1 one does not.
+status: 0 every lane passes, 1 one does not, 130 interrupted.
 """
 
 import json
@@ -15,8 +15,10 @@ from pathlib import Path
 
 from engine.bindings import LIBRARY_PATH
 from verification.gpu_record import gpu_source_stamp
+from verification.interrupts import ends_in_one_line
 from verification.sanitizers.coverage import LISTING, Coverage, coverage, kernels_listed
-from verification.sanitizers.lanes import LANES, LaneResult, run_lane, sanitizer, sass_opcodes
+from verification.sanitizers.lanes import LANES, LaneResult, run_lane, sass_opcodes
+from verification.sanitizers.process import Processes, Sanitizer
 from verification.sanitizers.workload import PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,6 +69,7 @@ def show(result: LaneResult) -> list[str]:
     return lines
 
 
+@ends_in_one_line("no lane was judged and nothing was written")
 def main() -> int:
     """The command; see the module."""
     found = {name: tool(name) for name in ("compute-sanitizer", "nvcc", "cuobjdump", "c++filt")}
@@ -78,41 +81,46 @@ def main() -> int:
     programs = [LIBRARY_PATH, *planted.values()]
     opcode_at = sass_opcodes(programs, found["cuobjdump"], found["c++filt"])
     LOGS.mkdir(parents=True, exist_ok=True)
-    run = sanitizer(found["compute-sanitizer"], LOGS)
+    processes = Processes()
+    run = Sanitizer(found["compute-sanitizer"], LOGS, processes)
 
     def covered() -> Coverage:
-        listing = _output(found["cuobjdump"], *LISTING, str(LIBRARY_PATH))
-        names = _output(found["c++filt"], *kernels_listed(listing))
-        launches = _output(*LAUNCHES, *PARTS)
+        listing = processes.output(found["cuobjdump"], *LISTING, str(LIBRARY_PATH))
+        names = processes.output(found["c++filt"], *kernels_listed(listing))
+        launches = processes.output(*LAUNCHES, *PARTS)
         return coverage(names.splitlines(), launches.splitlines())
 
     with ThreadPoolExecutor() as pool:  # the lanes share the card: wall time is the limit
-        kernels = pool.submit(covered)
-        results = list(
-            pool.map(lambda lane: run_lane(lane, run, planted, WORKLOAD, PARTS, opcode_at), LANES)
-        )
+        try:
+            kernels = pool.submit(covered)
+            results = list(
+                pool.map(
+                    lambda lane: run_lane(lane, run, planted, WORKLOAD, PARTS, opcode_at), LANES
+                )
+            )
+            ran = kernels.result()
+        except KeyboardInterrupt:
+            processes.stop()  # else the pool would wait for the tools' time limits
+            raise
+    version = processes.output(found["compute-sanitizer"], "--version")
     report = {
         "status": "pass",
         "gpu_source": source,
-        "version": _output(found["compute-sanitizer"], "--version").strip().splitlines()[-1],
-        "coverage": kernels.result().to_json(),
+        "version": version.strip().splitlines()[-1],
+        "coverage": ran.to_json(),
         "lanes": {result.tool: result.to_json() for result in results},
         "seconds": round(time.monotonic() - began, 1),
     }
-    if kernels.result().problems or any(result.status != "pass" for result in results):
+    if ran.problems or any(result.status != "pass" for result in results):
         report["status"] = "fail"
     OUTPUT.write_text(json.dumps(report, indent=1) + "\n")
     for result in results:
         print("\n".join(show(result)))
-    ran = report["coverage"]
-    print(f"{ran['run']} of the library's {ran['kernels']} kernels run; {report['version']}")
-    print("\n".join(f"  problem: {problem}" for problem in ran["problems"]))
+    print(f"{len(ran.kernels & ran.run)} of the library's {len(ran.kernels)} kernels run")
+    print("\n".join(f"  problem: {problem}" for problem in ran.problems))
+    print(report["version"])
     print(f"{report['status']}, {report['seconds']:.0f} s")
     return 0 if report["status"] == "pass" else 1
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 if __name__ == "__main__":

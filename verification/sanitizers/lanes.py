@@ -7,11 +7,8 @@ Invariant: a lane passes only if it caught its planted kernel, ran every case an
 finding.
 """
 
-import os
 import re
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,11 +19,6 @@ from pathlib import Path
 from verification.sanitizers.coverage import plain_name
 from verification.sanitizers.findings import Kind, OpcodeAt, Report, read_report
 
-TIMEOUT = 150  # seconds, of the tool over the workload
-PLANTED_TIMEOUT = 60  # of the tool over one small kernel
-# Hazards that racecheck keeps in one process; 10 million else, and what comes after is lost.
-HAZARDS = {"NV_COMPUTE_SANITIZER_MAX_RACECHECK_HAZARDS": "60000000"}
-PRINTING = ("--print-limit", "100000", "--show-backtrace", "device")
 BARRIERS = ("--num-cuda-barriers", "256")  # the fused step initialises 66; the tool tracks 16 else
 
 
@@ -194,35 +186,6 @@ def _judge(
 def _is_exact(pair: str) -> bool:
     """Whether both accesses are known by their instruction: "Read LDSM with Write UBLKCP"."""
     return all(" " in side for side in pair.split(" with "))
-
-
-def sanitizer(path: str, logs: Path) -> Run:
-    """A Run of this compute-sanitizer that keeps each report as a file of `logs`."""
-
-    def run(tool: str, arguments: Sequence[str], program: Sequence[str]) -> tuple[int, str]:
-        limit = TIMEOUT if program[0] == sys.executable else PLANTED_TIMEOUT
-        command = [path, "--tool", tool, *arguments, *PRINTING, *program]
-        words = [tool, *arguments[:1], Path(program[0]).name, *program[1:][-1:]]
-        name = "-".join(word.strip("-") for word in words)
-        log = logs / f"{name.replace(' ', '_')}.log"
-        with log.open("w", encoding="utf-8") as said:
-            process = subprocess.Popen(
-                command,
-                stdout=said,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **HAZARDS},
-                start_new_session=True,  # so that what the tool has started ends with it
-            )
-            try:
-                status = process.wait(limit)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                status = 124
-        text = log.read_text(encoding="utf-8", errors="replace")
-        return status, text if status != 124 else f"{text}\nno end within {limit} s\n"
-
-    return run
 
 
 def sass_opcodes(paths: Sequence[Path], cuobjdump: str, demangler: str) -> OpcodeAt:

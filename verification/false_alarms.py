@@ -8,11 +8,12 @@ A trial is one engine on one prompt of one model; it is an alarm if any check of
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -59,6 +60,34 @@ class Trials:
     model: str
     prompts: tuple[str, ...]
     alarms: dict[str, str]
+
+
+class Kept:
+    """Trials so far, a line each with their seconds: a run that was stopped goes on from there.
+
+    Args:
+        path: not there yet, or as an earlier run of the same suite left it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._clock = path, time.monotonic()
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        self.seconds = sum(line.pop("seconds") for line in lines)
+        self.trials = [Trials(**line | {"prompts": tuple(line["prompts"])}) for line in lines]
+
+    def has(self, engine: str, model: str) -> bool:
+        """Whether it was tried."""
+        return any((each.engine, each.model) == (engine, model) for each in self.trials)
+
+    def add(self, found: Trials) -> None:
+        """Keeps it."""
+        took, self._clock = time.monotonic() - self._clock, time.monotonic()
+        self.trials.append(found)
+        self.seconds += took
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(found) | {"seconds": took}) + "\n")
 
 
 def alarms_of(results: Results) -> dict[str, str]:
@@ -231,7 +260,7 @@ def record_of(trials: Sequence[Trials], seconds: float) -> evidence.Evidence:
     )
 
 
-@ends_in_one_line("the record has the engines tried so far")
+@ends_in_one_line("what was tried so far is kept, and the same command goes on from there")
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
     """The command `python -m verification.false_alarms`: 0 if there is none, 1 if there is."""
     parser = argparse.ArgumentParser(
@@ -241,27 +270,35 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     parser.add_argument(
         "--models", default=",".join((*TOYS, TRAINED)), help="with commas; default: %(default)s"
     )
+    parser.add_argument("--state", type=Path, default=Path("build"), help="where a run goes on")
     parser.add_argument(
         "--evidence", type=Path, default=evidence.EVIDENCE, help="where the record is written"
     )
     options = parser.parse_args(arguments)
-    console, clock = console or Console(), time.monotonic()
-    models, trials = options.models.split(","), []
-
-    def note(found: Trials) -> None:
-        """Keeps what was found: a run that is stopped has its record."""
-        trials.append(found)
-        evidence.write(record_of(trials, time.monotonic() - clock), options.evidence)
-        console.print(f"{found.engine}, {found.model}: {len(found.prompts)}", found.alarms or "")
-
+    console, models = console or Console(), options.models.split(",")
+    kept = Kept(options.state / f"false-alarms-{evidence.suite_sha256()[:12]}.jsonl")
     with quiet_torch(), torch.inference_mode():
+        for found in _missing(models, kept):
+            kept.add(found)
+            console.print(
+                f"{found.engine}, {found.model}: {len(found.prompts)}", found.alarms or ""
+            )
+    record = record_of(kept.trials, kept.seconds)
+    console.print(evidence.write(record, options.evidence))
+    return 0 if record.passed else 1
+
+
+def _missing(models: Sequence[str], kept: Kept) -> Iterator[Trials]:
+    """Every engine on every model, but what is kept."""
+    for model in models:
+        if not all(kept.has(other.name, model) for other in TRANSFORMERS):
+            yield from (
+                each for each in try_transformers(model) if not kept.has(each.engine, model)
+            )
+    for name, library, options in builds():
         for model in models:
-            for found in try_transformers(model):
-                note(found)
-        for name, library, run_options in builds():
-            for model in models:
-                note(try_build(name, library, run_options, model))
-    return 0 if record_of(trials, time.monotonic() - clock).passed else 1
+            if not kept.has(name, model):
+                yield try_build(name, library, options, model)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ FLAGS = (
 ).split()
 
 
-def build_wrapped_twin(path: Path, wrapping: str, wrapped: Sequence[str]) -> None:
+def build_wrapped_twin(path: Path, wrapping: str | Sequence[str], wrapped: Sequence[str]) -> None:
     """Write the library to path.
 
     Args:
         path: the library, lib*.so.
-        wrapping: the file in faults/ that defines __wrap_x for each x in wrapped.
+        wrapping: the file or files in faults/ that define __wrap_x for each x in wrapped.
         wrapped: functions whose calls go there.
     """
     compiler = shutil.which("cc")
@@ -34,7 +34,8 @@ def build_wrapped_twin(path: Path, wrapping: str, wrapped: Sequence[str]) -> Non
     sources = [
         p for folder in ("twin", "model", "runtime") for p in sorted((CSRC / folder).glob("*.c"))
     ]
-    sources += [CSRC / "kernels" / "no_cuda.c", FAULTS / wrapping]
+    wrapping = [wrapping] if isinstance(wrapping, str) else wrapping
+    sources += [CSRC / "kernels" / "no_cuda.c", *(FAULTS / name for name in wrapping)]
     flags = [*FLAGS, f'-DSOURCE_STAMP="{source_stamp(CSRC)}"', "-shared"]
     wraps = [f"-Wl,--wrap={name}" for name in wrapped]
     subprocess.run([compiler, *flags, *wraps, "-o", path, *sources, "-lm"], check=True)

@@ -7,7 +7,14 @@ from engine.config import ModelConfig
 from engine.models import resolve
 from verification import false_alarms
 from verification.engine_runs import group_prompt
-from verification.false_alarms import OtherTransformers, Trials, alarms_of, judge_whole, record_of
+from verification.false_alarms import (
+    Kept,
+    OtherTransformers,
+    Trials,
+    alarms_of,
+    judge_whole,
+    record_of,
+)
 from verification.harness import verify
 from verification.mutants.catalogue import CATALOGUE_PATH, load_catalogue
 from verification.oracle import Reference, Trace, concatenated
@@ -104,3 +111,31 @@ def test_the_record_counts_and_fails_with_one_alarm():
     assert (record.scores[0].hits, record.scores[0].total) == (1, 3)
     assert record.tables[0].rows == (("a", "toy, toy-wide", 3, 1),)
     assert record.tables[1].rows == (("a", "toy-wide", "x", "o, layer 1"),)
+
+
+def test_a_run_that_was_stopped_goes_on_from_what_is_kept(tmp_path, monkeypatch):
+    tried = []
+
+    def builds():
+        yield "one", None, OPTIONS
+        yield "two", None, OPTIONS
+
+    def try_build(name, library, options, model):
+        tried.append((name, model))
+        if len(tried) == 2:
+            raise KeyboardInterrupt
+        return Trials(name, model, ("x",), {})
+
+    monkeypatch.setattr(false_alarms, "builds", builds)
+    monkeypatch.setattr(false_alarms, "try_build", try_build)
+    monkeypatch.setattr(false_alarms, "TRANSFORMERS", ())
+    command = ["--models", "toy", "--state", str(tmp_path), "--evidence", str(tmp_path)]
+
+    assert false_alarms.main(command) == 130
+    assert false_alarms.main(command) == 0
+
+    assert tried == [("one", "toy"), ("two", "toy"), ("two", "toy")]
+    (path,) = tmp_path.glob("*.jsonl")
+    assert [each.engine for each in Kept(path).trials] == ["one", "two"]
+    path.write_text(path.read_text()[:-5])  # stopped while it wrote
+    assert [each.engine for each in Kept(path).trials] == ["one"]

@@ -43,6 +43,11 @@ class TestC:
             ("return a;", set()),
             ("int n = 4;", {"int n = 5;"}),
             ("__global__ void __launch_bounds__(256, 1)", set()),
+            ("__shared__ bf16 rope[kTokens][4];", set()),
+            ("int n[kMost - 1];", {"int n[kMost + 1];"}),
+            ("const float v[2] = {x[i]};", {"const float v[2] = {x[i + 1]};"}),
+            ("auto at = [&](int i) {", set()),
+            ("return v[i];", {"return v[i + 1];"}),
             ("f<<<n, 8, 0, (cudaStream_t)s>>>(a);", {"f<<<n, 9, 0, (cudaStream_t)s>>>(a);"}),
         ],
     )
@@ -112,7 +117,8 @@ class TestTheSample:
             asked = checks.for_generated(file, GPU, ROOT)
 
             assert asked[0] == checks.tests(test) and (ROOT / file).exists()
-            assert all(check.request["marks"] == checks.GPU_MARK for check in asked[1:])
+            assert all(check.request["marks"] == checks.GPU_MARK for check in asked[1:-1])
+            assert asked[-1] == checks.tests(checks.CUDA_FAULTS)
 
     def test_what_is_no_policy_exists(self):
         assert [n for n in NOT_POLICY if not (ROOT / "engine" / f"{n}.py").exists()] == []

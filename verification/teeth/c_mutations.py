@@ -62,6 +62,11 @@ SWAPPABLE = re.compile(rf"(?<![\w.)\]>-])({SIMPLE}) ([-/%]|<<|>>|<|>) ({SIMPLE})
 # What a device computes does not depend on these: how many blocks the compiler makes room for,
 # and a launch's own shared memory where the kernel has none.
 HINTS = re.compile(r"__launch_bounds__\([^)]*\)|(?<=, )0(?=, \(cudaStream_t\))")
+# An array's sizes stand before its values: one longer, it holds a value more, which nobody reads.
+ARRAY = re.compile(
+    r"(?:(?:alignas\([^)]*\)|__shared__|extern|static|const|constexpr|unsigned)\s+)*"
+    r"(?!(?:return|else|delete)\b)[A-Za-z_][\w:]*(?:<[^;=]*>)?[\s*&]+[A-Za-z_]\w*\["
+)
 ARGUMENTS = re.compile(rf"(?<=[\w](?=\())\(({SIMPLE}), ({SIMPLE})(?=[,)])")
 
 
@@ -110,15 +115,18 @@ def is_statement(line: str) -> bool:
 def _replacements(line: str) -> Iterator[tuple[int, int, str, str]]:
     opened: list[int] = []  # where the indices around this token begin
     hints = [range(*found.span()) for found in HINTS.finditer(line)]
+    end_of_sizes = len(line.partition(" = ")[0]) if ARRAY.match(line) else 0
     for match in TOKEN.finditer(line):
         token, (start, end) = match[0], match.span()
+        is_longer = bool(opened) and start < end_of_sizes  # what only makes an array longer
         if token == "[":
             opened.append(end)
         elif token == "]" and opened:
-            inner = line[opened.pop() : start]
-            if inner.strip() and not re.fullmatch(r"[A-Z0-9_ +*/-]+", inner):  # no array's size
+            inner = line[opened.pop() : start].strip()
+            is_none = is_longer or inner[:1] in ("&", "=")  # a size; what a lambda captures
+            if inner and not is_none and not re.fullmatch(r"[A-Z0-9_ +*/-]+", inner):
                 yield start, start, " + 1", "index"
-        elif token[0].isdigit() and any(start in hint for hint in hints):
+        elif token[0].isdigit() and (is_longer or any(start in hint for hint in hints)):
             continue
         elif token[0].isdigit():
             yield start, end, _other_number(token), "constant"

@@ -132,7 +132,9 @@ KERNEL_TESTS = {
 }
 
 
-# What a kernel's arithmetic is held to without a device; asked first in the GPU's lane.
+# What a launcher does where CUDA refuses; asked last in the GPU's lane, over a made-up runtime.
+CUDA_FAULTS = "tests/runtime/test_cuda_faults.py"
+# What a kernel's arithmetic is held to without a device; asked first there.
 HOST_TESTS = {"csrc/kernels/decode_batch_line.cuh": "tests/kernels/test_decode_batch_line.py"}
 
 
@@ -161,7 +163,7 @@ def for_generated(file: str, device: str, root: Path) -> tuple[Check, ...]:
     if device == GPU:
         on_host = [tests(HOST_TESTS[file])] if file in HOST_TESTS else []
         found = dict.fromkeys([*own, *gpu_tests(root)])
-        return (*on_host, *(tests(path, GPU) for path in found))
+        return (*on_host, *(tests(path, GPU) for path in found), tests(CUDA_FAULTS))
     of_c = file.startswith("csrc/")
     folders = ("twin", "model", "runtime", "system") if of_c else ("engine", "system")
     wide = [path for folder in folders for path in _test_files(f"tests/{folder}", root)]

@@ -101,7 +101,7 @@ def run_bench(options: argparse.Namespace, progress: Callable[[str, int, int], N
                 results[kind] = found
         device = llm.engine_config.device
     if options.json:
-        print(json.dumps({"model": options.model, "device": device, **results}))
+        print(json.dumps({"model": options.model, "device": device, **results}, allow_nan=False))
         return
     for kind, found in results.items():
         print(report(f"[{device}] {options.model} {kind if not is_latency else 'latency'}", found))

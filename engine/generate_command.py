@@ -6,6 +6,7 @@ have the names and the limits of `SamplingParams`, which holds the one table.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -143,7 +144,7 @@ def run_generate(
         device = runner.engine_config.device
     if options.json:
         found = {"model": options.model, "device": device, **_as_json(output, generation.timings())}
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(found, ensure_ascii=False, allow_nan=False))
         return
     if is_streamed:
         print(flush=True)
@@ -231,7 +232,7 @@ def _answer_as_json(answer: CompletionOutput) -> dict[str, Any]:
         "stop_reason": answer.stop_reason,
     }
     if answer.logprobs is not None:
-        found["cumulative_logprob"] = answer.cumulative_logprob
+        found["cumulative_logprob"] = _number(answer.cumulative_logprob)
         found["logprobs"] = [_logprobs_as_json(each) for each in answer.logprobs]
     return found
 
@@ -239,7 +240,15 @@ def _answer_as_json(answer: CompletionOutput) -> dict[str, Any]:
 def _logprobs_as_json(logprobs: TokenLogprobs | None) -> dict[str, Any] | None:
     if logprobs is None:
         return None
-    return {str(token_id): asdict(logprob) for token_id, logprob in logprobs.items()}
+    return {
+        str(token_id): asdict(logprob) | {"logprob": _number(logprob.logprob)}
+        for token_id, logprob in logprobs.items()
+    }
+
+
+def _number(value: float) -> float | None:
+    """A score; null where logits were not finite, as JSON has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def _summary(device: str, timings: Timings) -> str:

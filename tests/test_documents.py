@@ -14,6 +14,7 @@ DOCUMENTS = (
     "docs/glossary.md",
     "docs/numerics.md",
     "docs/properties.md",
+    "docs/reading-the-verdict.md",
     "golden/README.md",
     "golden/hardware/README.md",
     "tests/README.md",

@@ -5,9 +5,9 @@ the verdict is pass, 1 it is not or something refused, 2 the command was wrong, 
 """
 
 import argparse
-import json
+import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -18,15 +18,18 @@ from engine.errors import EngineError, InvalidArgument
 from engine.models import model_names, name_of, resolve
 from verification.evidence_page import load_all
 from verification.interrupts import INTERRUPTED
-from verification.prompts import default_selection, prompts_for
-from verification.report_html import write_html
-from verification.report_terminal import WIDTH, ProgressReport, print_report
+from verification.prompts import default_selection, names_prompts, prompts_for
+from verification.report_files import ReportUnwritten, json_text, write_whole
+from verification.report_html import render
+from verification.report_terminal import print_report
 from verification.report_text import plain
 from verification.selection import GRADES, Selection
 from verification.taps import OPERATIONS, RESULT_ORDER
+from verification.terminal import ProgressReport, standard_console
 
 DEFAULT_MODEL = "smollm2-135m"
 DEVICES = ("cpu", "cuda")
+GUIDE = "docs/reading-the-verdict.md"
 MAX_LAYER = 9999  # of any model; a range is written out before the model is known
 
 
@@ -98,6 +101,8 @@ def _file(text: str) -> Path:
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is no file in a directory that exists")
+    if not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} is in a directory that cannot be written to")
     return path
 
 
@@ -110,21 +115,47 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     """
     parser = build_parser()
     options = parser.parse_args(arguments)
-    console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = console or standard_console()
     try:
         evidence = load_all()
         results = run(parser, options, console)
+        # Before the table: whoever reads that may leave in the middle of it.
+        unwritten = _unwritten(
+            {options.json: json_text(results), options.html: render(results, evidence)}
+        )
         print_report(results, console)
-        options.json.write_text(json_text(results), encoding="utf-8")
-        write_html(results, options.html, evidence)
+        for error in unwritten:
+            console.print(Text(f"error: {plain(error)}"), soft_wrap=True)
+        if unwritten:
+            return 1
+        where = f"  {options.json}, {options.html}; how to read them: {GUIDE}"
+        console.print(Text(where), soft_wrap=True)
     except (EngineError, OSError) as error:
-        console.print(Text(f"error: {plain(error)}"), soft_wrap=True)
-        return 1
+        return _refused(f"error: {plain(error)}", console)
     except KeyboardInterrupt:
         console.print("interrupted: no verdict")
         return INTERRUPTED
-    console.print(Text(f"  {options.json}, {options.html}"), soft_wrap=True)
     return 0 if results["verdict"] == "pass" else 1
+
+
+def _unwritten(reports: dict[Path, str]) -> list[ReportUnwritten]:
+    """Writes each report; those that could not be."""
+    errors = []
+    for path, text in reports.items():
+        try:
+            write_whole(path, text)
+        except ReportUnwritten as error:
+            errors.append(error)
+    return errors
+
+
+def _refused(words: str, console: Console) -> int:
+    """Says why there is no verdict, where anything can still be written; exit status 1."""
+    try:
+        console.print(Text(words), soft_wrap=True)
+    except OSError:  # it may be standard output that is full
+        print(words, file=sys.stderr)
+    return 1
 
 
 def run(parser: argparse.ArgumentParser, options: argparse.Namespace, console: Console) -> dict:
@@ -145,35 +176,15 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, console: C
         # Not at the top: torch takes seconds to load, and a wrong word is refused without it.
         from verification.verify_model import verify_model
 
-        return verify_model(options.model, directory, prompts, options.device, selection, progress)
-
-
-def json_text(results: dict) -> str:
-    """verify.json: one line per part, and one per row of the parts that are lists of rows.
-
-    The cells, some sixty thousand, do not repeat their fields' names in every row: they are
-    {"columns": [names], "rows": [[values], ...]}, with six digits of what is measured.
-    """
-    parts = []
-    for key, part in results.items():
-        if key == "cells" and part:
-            columns = json.dumps(list(part[0]))
-            rows = _json_rows([_digits(value) for value in cell.values()] for cell in part)
-            text = f'{{"columns": {columns}, "rows": {rows}}}'
-        elif isinstance(part, list) and part:
-            text = _json_rows(part)
-        else:
-            text = json.dumps(part, allow_nan=False)
-        parts.append(f"{json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-def _json_rows(rows: Iterable[object]) -> str:
-    return "[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in rows) + "\n]"
-
-
-def _digits(value: object) -> object:
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+        return verify_model(
+            options.model,
+            directory,
+            prompts,
+            options.device,
+            selection,
+            progress,
+            may_leave_out=not names_prompts(options.prompts),
+        )
 
 
 def _check_layers(

@@ -70,7 +70,9 @@ class GpuRecord:
         """What to say beside the bits: sanitizers that found something, and what was not run."""
         lanes = self.facts["sanitizers"].get("lanes", {})
         said = [
-            f"{lane}: {'; '.join(of['problems'])}" for lane, of in lanes.items() if of["problems"]
+            f"{lane} failed: {'; '.join(of['problems'])}"
+            for lane, of in lanes.items()
+            if of["problems"]
         ]
         parts = {part: self.facts[part] for part in PARTS} | self.facts["bits"].get("models", {})
         return said + [

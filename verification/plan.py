@@ -51,6 +51,11 @@ class Options:
         return self.block_size or (128 if self.device == "cuda" else 16)
 
 
+def longest_prompt(config: ModelConfig, options: Options) -> int:
+    """Tokens of the longest prompt that leaves the model room for the greedy text behind it."""
+    return config.max_position_embeddings - options.continuation_tokens
+
+
 def plan_groups(
     prompts: Sequence[tuple[str, Sequence[int]]], config: ModelConfig, options: Options
 ) -> list[list[GroupPrompt]]:
@@ -64,7 +69,7 @@ def plan_groups(
     """
     if not prompts:
         raise InvalidArgument("nothing to verify: no prompts")
-    limit = config.max_position_embeddings - options.continuation_tokens
+    limit = longest_prompt(config, options)
     groups: list[list[GroupPrompt]] = []
     room = 0
     for prompt_id, token_ids in prompts:

@@ -159,29 +159,20 @@ def prompts_for(
     vocab_size: int,
     selection: str = "all",
     path: Path = PROMPTS_PATH,
-    max_seq_len: int | None = None,
 ) -> tuple[Prompt, ...]:
     """The prompts that one model is verified with.
 
     Args:
         selection: "all", "quick", or prompt ids with commas between; ids may be any of
             the file's.
-        max_seq_len: where given, the longest prompt that the model may take.
 
     Raises:
-        InvalidArgument: an id is unknown, or a named prompt is longer than max_seq_len.
+        InvalidArgument: an id is unknown.
     """
     specs = [spec for spec in load_specs(path) if _is_for(spec, model_name)]
     chosen = select(specs, selection)
     encode = encoder_for(model_dir)
-    prompts = tuple(to_prompt(spec, encode, vocab_size) for spec in chosen)
-    for prompt in prompts:
-        if max_seq_len is not None and len(prompt.token_ids) > max_seq_len:
-            raise InvalidArgument(
-                f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens, "
-                f"max_seq_len is {max_seq_len}"
-            )
-    return prompts
+    return tuple(to_prompt(spec, encode, vocab_size) for spec in chosen)
 
 
 def select(specs: Iterable[PromptSpec], selection: str) -> tuple[PromptSpec, ...]:
@@ -199,6 +190,11 @@ def select(specs: Iterable[PromptSpec], selection: str) -> tuple[PromptSpec, ...
                 f"no prompt {word!r}; legal: all, quick, or ids of {', '.join(known)}"
             )
     return tuple(spec for spec in specs if spec.id in wanted)
+
+
+def names_prompts(selection: str | None) -> bool:
+    """Whether a selection says which prompts by their ids; else a set of them is meant."""
+    return selection not in (None, "all", "quick")
 
 
 def default_selection(model_name: str) -> str:

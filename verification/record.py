@@ -32,8 +32,8 @@ from verification.golden_measure import measure
 from verification.goldens import Golden, GoldenPrompt
 from verification.interrupts import ends_in_one_line
 from verification.prompts import default_selection, prompts_for, prompts_sha256
-from verification.report_terminal import ProgressReport
 from verification.taps import TapKey
+from verification.terminal import ProgressReport, standard_console
 
 REPOSITORY = goldens.GOLDEN_ROOT.parent
 # Small enough for git; others go to the cache.
@@ -259,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dirty-because", help="record from a dirty tree; the reason is kept too")
     options = parser.parse_args(arguments)
     transformers.utils.logging.disable_progress_bar()  # the progress shown is our own
-    console = Console()
+    console = standard_console()
     try:
         for name in options.model or IN_GIT:
             record(name, options, console)

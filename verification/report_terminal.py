@@ -1,4 +1,4 @@
-"""Shows a verification on a terminal or in a plain log: progress, a table, one verdict line.
+"""Shows a verification on a terminal or in a plain log: a table, and one verdict line.
 
 Knows verify.json and two widths; knows nothing of models or tolerances, and decides no verdict.
 Invariant: everything said in colour is also said in words, so a log without colour loses nothing.
@@ -6,18 +6,17 @@ Invariant: everything said in colour is also said in words, so a log without col
 
 import math
 import textwrap
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from verification.report_text import (
     count,
+    counted,
     forward_order,
     full,
     largest,
@@ -27,55 +26,11 @@ from verification.report_text import (
     rerun_command,
     statuses,
 )
+from verification.terminal import WIDTH
 
-WIDTH = 100  # columns; the table below fills exactly these
 NARROW = 78  # on a terminal of fewer than WIDTH: without grade, z and the second count of values
 VERDICT = 7  # the last column
 STYLES = {"pass": "green", "fail": "bold red", "not run": "yellow", "tie": "yellow"}
-SECONDS_BETWEEN_LINES = 10.0  # without a terminal: one line of progress at most so often
-
-
-class ProgressReport:
-    """Progress of a run: a bar on a terminal, a line now and then elsewhere.
-
-    Call it with (done, total, what); it is a context manager.
-    """
-
-    def __init__(self, console: Console) -> None:
-        """Args: console: where to show; its is_terminal decides between bar and lines."""
-        self._console = console
-        self._bar: Progress | None = None
-        self._task = None
-        self._next_line = 0.0
-        if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description:<32.32}", markup=False),
-                BarColumn(bar_width=36, complete_style="cyan", finished_style="cyan"),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                console=console,
-                transient=True,
-            )
-
-    def __enter__(self) -> "ProgressReport":
-        """Starts the bar."""
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task("loading", total=None)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Takes the bar away, so that the table follows on a clean screen."""
-        if self._bar is not None:
-            self._bar.stop()
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        """Shows that `done` of `total` steps are done and `what` is under way."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total, description=plain(what))
-        elif (now := time.monotonic()) >= self._next_line or done == total:
-            self._next_line = now + SECONDS_BETWEEN_LINES
-            self._console.print(f"{done:>5}/{total}  {plain(what)}", markup=False, highlight=False)
 
 
 def print_report(results: dict, console: Console) -> None:
@@ -203,7 +158,7 @@ def _wholes(results: dict, width: int) -> list[Text]:
             for key in ("centred_ratio", "kl_mean_ratio", "kl_max_ratio")
         }
         text = (
-            f"{num_prompts} prompts; error at most {worst_of['centred_ratio']} × "
+            f"{counted(num_prompts, 'prompt')}; error at most {worst_of['centred_ratio']} × "
             f"yardstick, KL mean {worst_of['kl_mean_ratio']}, KL max {worst_of['kl_max_ratio']}"
         )
         rows.append(("logits", text, _all(row["status"] for row in results["logits"])))
@@ -211,7 +166,7 @@ def _wholes(results: dict, width: int) -> list[Text]:
     if tokens:
         of = {s: sum(token["status"] == s for token in tokens) for s in ("equal", "tie", "fail")}
         sums = f"{of['equal']} equal, {of['tie']} ties, {of['fail']} wrong"
-        text = f"{len(tokens)} greedy tokens: {sums}"
+        text = f"{counted(len(tokens), 'greedy token')}: {sums}"
         rows.append(("tokens", text, "fail" if of["fail"] else "pass"))
     for title, part in (("goldens", "goldens"), ("GPU record", "gpu_record")):
         found = results[part]
@@ -237,6 +192,8 @@ def _not_run(results: dict) -> list[Text]:
         if row["status"] == "not run":
             what = f"{row['tap']} ({row['mode']}, {row['phase']})"
             reasons.setdefault(row["reason"] or "no reason given", []).append(what)
+    for row in results["prompts_not_run"]:
+        reasons.setdefault(row["reason"], []).append(f"prompt {row['prompt']}")
     lines = []
     for reason, what in reasons.items():
         shown = ", ".join(what[:3]) + (f" and {len(what) - 3} more" if len(what) > 3 else "")

@@ -40,11 +40,15 @@ def rerun_command(results: dict) -> str:
 
 
 def statuses(results: dict) -> list[str]:
-    """The verdict of every check: the rows of the summary, the tokens, the two records."""
+    """The verdict of every check: the rows of the summary, the tokens, the two records.
+
+    A prompt that was not run is one more that is "not run".
+    """
     found = [row["status"] for row in results["summary"]]
     tokens = {token["status"] for prompt in results["tokens"] for token in prompt["tokens"]}
     if tokens:
         found.append("fail" if "fail" in tokens else "pass")
+    found += ["not run" for _ in results["prompts_not_run"]]
     return found + [results[part]["status"] for part in ("goldens", "gpu_record")]
 
 
@@ -79,6 +83,11 @@ def count(value: int | None) -> str:
         if value >= size * (10 if unit == "k" else 1):
             return f"{value / size:.1f} {unit}"
     return str(value)
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things: 1 prompt, 2 prompts."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def ratio(value: float | None) -> str:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import transformers
 
+from engine.config import ModelConfig
 from engine.models import name_of
 from verification.golden_check import GoldenRun, golden_roots
 from verification.goldens import GoldenVerdict
 from verification.gpu_record import check_gpu_record
 from verification.harness import Progress, verify
-from verification.plan import Options
+from verification.plan import Options, longest_prompt
 from verification.prompts import Prompt, decoder_for
 from verification.selection import Selection
 
@@ -27,6 +28,7 @@ def verify_model(
     device: str,
     selection: Selection,
     progress: Progress,
+    may_leave_out: bool = False,
 ) -> dict:
     """Verifies the engine on a model.
 
@@ -37,6 +39,7 @@ def verify_model(
         device: "cpu" or "cuda".
         selection: what is graded; less than everything is held against no record.
         progress: told after each piece of work.
+        may_leave_out: prompts that are too long for the model are not run; else they are refused.
 
     Returns:
         verify.json as a dict.
@@ -46,18 +49,26 @@ def verify_model(
     """
     transformers.utils.logging.disable_progress_bar()  # the progress shown is our own
     name = name_of(model)
+    options = Options(device=device, selection=selection)
+    limit = longest_prompt(ModelConfig.from_directory(directory), options)
+    left_out = [p for p in prompts if may_leave_out and len(p.token_ids) > limit]
+    prompts = [p for p in prompts if p not in left_out]
     # A selection of taps or layers leaves too little to hold against the record.
     goldens = GoldenRun(name, prompts, golden_roots(model)) if selection.is_everything else None
     results = verify(
         directory,
         [(prompt.id, prompt.token_ids) for prompt in prompts],
-        Options(device=device, selection=selection),
+        options,
         progress,
         name=name,
         decode_text=decoder_for(directory),
         goldens=goldens,
     ).to_json()
     results["model"]["asked_as"] = model  # a path or hub id says more than its name
+    results["prompts_not_run"] = [
+        {"prompt": p.id, "reason": f"{len(p.token_ids)} tokens, the model takes 1 to {limit}"}
+        for p in left_out
+    ]
     return _with_gpu_record(results, _gpu_record(results, prompts, goldens))
 
 

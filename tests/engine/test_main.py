@@ -219,6 +219,16 @@ def test_logprobs_are_shown_by_json_only(capsys):
     assert leaving.value.code == 2
 
 
+def test_a_score_that_is_no_number_is_null_in_json(capsys):
+    generate("--json", "--logprobs", "0", "--prompt-logprobs", "0", "--max-tokens", "1", "hello")
+
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # NaN is not JSON
+    (answered,), prompt = found["logprobs"], found["prompt_logprobs"]
+    assert [score["logprob"] for score in answered.values()] == [None]
+    assert [score["logprob"] for score in prompt[1].values()] == [None]
+    assert found["cumulative_logprob"] is None
+
+
 def test_auto_takes_cuda_where_there_is_one():
     factory = Factory(unavailable=())
 

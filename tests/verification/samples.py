@@ -100,6 +100,7 @@ def passing_run() -> dict:
             "reason": None,
             "details": ["h200, source equal, 453 taps equal"],
         },
+        "prompts_not_run": [],
         "first_failure": None,
     }
 

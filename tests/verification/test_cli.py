@@ -1,8 +1,10 @@
 import argparse
 import io
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from rich.console import Console
 
 import verification.__main__ as command_line
 from engine.errors import DeviceUnavailable
+from engine.sources.toy import CONFIGS
 from tests.verification import samples
 from verification import verify_model
 from verification.__main__ import build_parser, parse_layers
@@ -94,25 +97,6 @@ def test_a_passing_run_exits_0_and_leaves_both_files(command, tmp_path: Path):
     assert "PASS" in text
     assert json.loads((tmp_path / "v.json").read_text())["verdict"] == "pass"
     assert (tmp_path / "v.html").read_text().startswith("<!DOCTYPE html>")
-
-
-@pytest.mark.parametrize("run", [samples.passing_run, samples.failing_run, samples.not_run])
-def test_the_json_file_holds_the_results_one_row_per_line(run):
-    text = command_line.json_text(run())
-
-    written, results = json.loads(text), run()
-    table, cells = written.pop("cells") or {"columns": [], "rows": []}, results.pop("cells")
-    assert written == results
-    for row, cell in zip(table["rows"], cells, strict=True):
-        assert table["columns"] == list(cell)
-        for found, value in zip(row, cell.values(), strict=True):
-            assert found == (pytest.approx(value, 1e-5) if isinstance(value, float) else value)
-    assert text.count("\n") > len(run()["cells"]) + len(run()["summary"])
-
-
-def test_a_number_that_json_does_not_know_is_refused():
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        command_line.json_text({**samples.passing_run(), "seconds": float("nan")})
 
 
 def test_a_failed_verdict_exits_1_and_leaves_both_files(command, tmp_path: Path):
@@ -229,6 +213,57 @@ def test_an_error_of_the_engine_is_one_line_and_exits_1(command, monkeypatch):
 
     assert status == 1
     assert out.getvalue().splitlines()[-1] == "error: no CUDA device�[2J"
+
+
+def test_a_report_that_cannot_be_written_is_named_after_the_table_and_exits_1(
+    command, tmp_path: Path
+):
+    (tmp_path / "v.html.new").mkdir()  # where it would be written first
+
+    status, text, _ = command(samples.passing_run())
+
+    assert status == 1
+    assert "PASS" in text
+    assert re.search(r"^error: .*v.html was not written: ", text.splitlines()[-1])
+    assert (tmp_path / "v.json").exists()
+
+
+def test_reports_are_there_for_whoever_leaves_in_the_middle_of_the_table(
+    command, tmp_path: Path, monkeypatch, capsys
+):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def stopped(*_: object) -> None:
+        monkeypatch.setattr(Console, "print", full)
+        full()
+
+    monkeypatch.setattr(command_line, "print_report", stopped)
+
+    status, _, _ = command(samples.passing_run())
+
+    assert status == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert (tmp_path / "v.json").exists() and (tmp_path / "v.html").exists()
+
+
+def test_a_set_of_prompts_is_run_without_those_too_long_for_the_model(command, monkeypatch):
+    short = replace(CONFIGS["toy"], max_position_embeddings=512)
+    monkeypatch.setattr(verify_model.ModelConfig, "from_directory", lambda _: short)
+
+    _, text, asked = command(samples.passing_run())
+
+    assert asked["prompts"] and "long-1100" not in asked["prompts"]
+    assert "1100 tokens, the model takes 1 to 496: prompt long-1100" in text
+
+
+def test_a_prompt_named_by_its_id_is_never_left_out(command, monkeypatch):
+    short = replace(CONFIGS["toy"], max_position_embeddings=512)
+    monkeypatch.setattr(verify_model.ModelConfig, "from_directory", lambda _: short)
+
+    _, _, asked = command(samples.passing_run(), "--prompts", "long-1100")
+
+    assert asked["prompts"] == ["long-1100"]  # plan_groups refuses it, by name
 
 
 def test_an_interrupted_run_says_so_in_one_line_and_exits_130(command, monkeypatch, tmp_path: Path):

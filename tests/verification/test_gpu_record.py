@@ -148,7 +148,7 @@ def test_a_sanitizers_finding_is_told_beside_the_bits(tmp_path: Path):
     lanes = {"racecheck": {"status": "fail", "problems": ["2 x Error: Race"]}}
     write(tmp_path / CARD, facts(sanitizers={"status": "fail", "lanes": lanes}), BITS)
 
-    assert "h200, racecheck: 2 x Error: Race" in check(tmp_path / CARD).details
+    assert "h200, racecheck failed: 2 x Error: Race" in check(tmp_path / CARD).details
 
 
 def test_a_part_that_was_left_out_is_named_beside_a_pass(tmp_path: Path):

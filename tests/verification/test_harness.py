@@ -10,7 +10,6 @@ from engine.config import ModelConfig
 from engine.models import resolve
 from tests.verification.fake_engine import TILE, FakeEngine
 from tests.verification.faulty_engines import FAULTS, NoResidual
-from verification.__main__ import json_text
 from verification.harness import (
     EngineUnderTest,
     Options,
@@ -20,6 +19,7 @@ from verification.harness import (
     verify_engine,
 )
 from verification.oracle import Reference
+from verification.report_files import json_text
 from verification.report_html import render
 from verification.report_terminal import print_report
 from verification.results import Results
@@ -104,7 +104,7 @@ def test_an_engine_that_gives_no_numbers_has_its_reports(subject, operation: str
 
     setattr(NotFinite, operation, wrong)
     results = verified(subject, NotFinite).to_json()
-    results["gpu_record"] = results["goldens"]
+    results |= {"gpu_record": results["goldens"], "prompts_not_run": []}
 
     assert results["verdict"] == "fail"
     assert results["first_failure"]["operator"] == operation

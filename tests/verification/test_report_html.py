@@ -1,6 +1,5 @@
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
@@ -8,7 +7,7 @@ from tests.verification import samples
 from tests.verification.test_evidence import record
 from verification.evidence import Score, Table
 from verification.evidence_page import load_all
-from verification.report_html import heat_map, render, residual_growth, token_ribbon, write_html
+from verification.report_html import heat_map, render, residual_growth, token_ribbon
 from verification.report_html.markup import escape
 
 VOID = {"meta", "br"}
@@ -227,14 +226,6 @@ def test_a_token_that_is_no_text_by_itself_shows_its_id(text: str):
 
 def test_control_characters_do_not_reach_the_page():
     assert escape("a\x00b\x1b\u202ec") == "a�b��c"
-
-
-def test_the_file_is_written_whole(tmp_path: Path):
-    path = tmp_path / "verify.html"
-
-    write_html(samples.passing_run(), path)
-
-    assert path.read_text(encoding="utf-8") == render(samples.passing_run())
 
 
 def test_a_token_without_a_measured_lead_has_no_bar_and_claims_none():

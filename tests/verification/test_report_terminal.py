@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.text import Text
 
 from tests.verification import samples
-from verification.report_terminal import NARROW, WIDTH, ProgressReport, print_report
+from verification.report_terminal import NARROW, print_report
+from verification.terminal import WIDTH
 
 VERDICTS = r"pass\*?|FAIL|not run"
 
@@ -143,23 +144,24 @@ def test_text_from_a_prompt_cannot_steer_the_terminal():
     assert "[bold]markup[/bold]" in text
 
 
-def test_progress_in_a_log_is_a_line_at_the_start_and_one_at_the_end():
-    out = io.StringIO()
-    console = Console(file=out, width=WIDTH)
+def test_a_prompt_that_was_not_run_is_named_with_its_reason_and_counted():
+    run, before = samples.passing_run(), verdict_of(samples.passing_run())
+    reason = "1100 tokens, the model takes 1 to 496"
+    run["prompts_not_run"] = [{"prompt": "long-1100", "reason": reason}]
 
-    with ProgressReport(console) as progress:
-        for done in range(1, 101):
-            progress(done, 100, "layer [7]")
+    line = next(line for line in printed(run).splitlines() if reason in line)
 
-    assert out.getvalue().splitlines() == ["    1/100  layer [7]", "  100/100  layer [7]"]
+    assert line.startswith("not run *") and line.endswith("prompt long-1100")
+    assert (before, verdict_of(run)) == (1, 2)
 
 
-def test_progress_on_a_terminal_is_a_bar_that_leaves_nothing_behind():
-    out = io.StringIO()
-    console = Console(file=out, width=WIDTH, force_terminal=True, force_interactive=True)
+def verdict_of(run: dict) -> int:
+    """Checks that the last line counts as not run."""
+    return int(re.search(r"(\d+) not run", printed(run)).group(1))
 
-    with ProgressReport(console) as progress:
-        progress(3, 10, "len-17")
 
-    assert "len-17" in out.getvalue()
-    assert "3/10" in out.getvalue().replace(" ", "")
+def test_one_prompt_is_not_called_prompts():
+    run = samples.passing_run()
+    run["logits"] = run["logits"][:1]
+
+    assert re.search(r"^logits +1 prompt; ", printed(run), re.MULTILINE)

@@ -19,7 +19,7 @@ from verification.interrupts import ends_in_one_line
 from verification.mutants.catalogue import CATALOGUE_PATH, VERIFY, choose, load_catalogue
 from verification.mutants.trial import Outcome, Trial, run
 from verification.oracle import OracleError
-from verification.report_terminal import WIDTH
+from verification.terminal import WIDTH
 
 
 @ends_in_one_line("nothing was written")

@@ -69,6 +69,10 @@ def not_run(results: dict) -> str:
         for row in results["summary"]
         if row["status"] == "not run"
     ]
+    rows += [
+        f"<tr><th>{escape(row['prompt'])}</th><td>prompt</td><td>{escape(row['reason'])}</td></tr>"
+        for row in results["prompts_not_run"]
+    ]
     for title, part in RECORDS:
         if results[part]["status"] == "not run":
             reason = escape(results[part]["reason"] or "no reason given")

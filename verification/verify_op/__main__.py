@@ -19,9 +19,9 @@ from rich.text import Text
 from engine.models import cache_root
 from verification.compare import FAIL, NOT_RUN
 from verification.interrupts import INTERRUPTED
-from verification.report_terminal import WIDTH
 from verification.report_text import count, plain
 from verification.results import Failure
+from verification.terminal import WIDTH, standard_console
 from verification.verify_op.process import Kernel, KernelError
 from verification.verify_op.trial import OPERATIONS, TRAINED, Check, checks
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     parser.add_argument("operation", type=_operation, help=", ".join(OPERATIONS))
     parser.add_argument("library", type=_library, help="a shared object with that C function")
     options = parser.parse_args(arguments)
-    console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = console or standard_console()
     transformers.utils.logging.disable_progress_bar()
     console.print(Text(f"op_{options.operation} of {options.library}"), soft_wrap=True)
     console.print()

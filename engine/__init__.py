@@ -1,5 +1,6 @@
 """Touchstone's engine: Llama-architecture models in C and CUDA, driven from Python."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from engine.errors import (
     OutOfMemory,
     QueueFull,
 )
+from engine.interrupts import tell_in_one_line
 
 if TYPE_CHECKING:
     from engine.llm import LLM
@@ -40,6 +42,10 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
 ]
+
+
+if sys.argv[:1] == ["-m"]:  # a command is about to be imported, which takes seconds
+    tell_in_one_line()
 
 
 def __getattr__(name: str) -> object:

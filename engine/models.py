@@ -67,6 +67,8 @@ def resolve(name_or_path: str | Path, progress: Progress | None = None) -> Path:
     except RuntimeError as error:
         raise CheckpointError(f"{name}: this user has no home directory") from error
     if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{path}: no model in Hugging Face form: it has no config.json")
         return path
     if path.exists():
         raise CheckpointError(f"{path}: a model is a directory, this is a file")

@@ -34,6 +34,7 @@ PURE = (
     "scheduler",
     "outputs",
     "answer_text",
+    "text_stream",
     "request",
     "request_checks",
     "llm_engine",

@@ -63,4 +63,6 @@ def resolve_hub(repository: str) -> Path:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What a person is told: the client's errors go on with addresses and advice."""
+    said = str(error).strip().removeprefix("Got: ")
+    return (said or type(error).__name__).splitlines()[0]

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from engine.errors import CheckpointError
+
 BF16_BYTES = 2
 HEADER_ALIGNMENT = 8  # bytes: the data that follows starts aligned
 
@@ -24,9 +26,22 @@ def build_once(directory: Path, build: Callable[[Path], None]) -> Path:
     `build` fills a temporary neighbour, which then takes the name in one step: a killed or failed
     build leaves no directory, and of two processes that build at once one wins and both go on with
     its result.
+
+    Raises:
+        CheckpointError: the disk is full, the cache is read-only, or the like.
     """
     if directory.is_dir():
         return directory
+    try:
+        return _build(directory, build)
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory.name} cannot be made in {directory.parent}: {error}; models are kept "
+            "where $TOUCHSTONE_CACHE says, and what is made on the way where $TMPDIR says"
+        ) from error
+
+
+def _build(directory: Path, build: Callable[[Path], None]) -> Path:
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:

@@ -41,11 +41,19 @@ def test_a_toy_is_a_sound_model_directory_in_the_cache(cache: Path):
 
 
 def test_a_path_is_taken_as_it_is(tmp_path: Path):
+    (tmp_path / "config.json").touch()
+
     assert resolve(tmp_path) == resolve(str(tmp_path)) == tmp_path
+
+
+def test_a_directory_without_a_model_is_refused_by_name(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}: no model .* no config.json"):
+        resolve(tmp_path)
 
 
 def test_a_local_directory_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "org" / "name").mkdir(parents=True)
+    (tmp_path / "org" / "name" / "config.json").touch()
     monkeypatch.chdir(tmp_path)
 
     assert resolve("org/name") == Path("org/name")

@@ -75,10 +75,11 @@ def response(status_code: int) -> Any:
         ),
         (errors.LocalEntryNotFoundError("nothing cached"), "the hub cannot be reached"),
         (errors.OfflineModeIsEnabled("offline mode"), "the hub cannot be reached: offline mode"),
+        (errors.LocalEntryNotFoundError("Got: no answer"), "cannot be reached: no answer"),
         (ConnectionError("no route"), "the hub cannot be reached: no route"),
         (errors.HFValidationError("Cannot have --"), "no hub id: Cannot have --"),
     ],
-    ids=["gated", "missing", "http", "not-cached", "offline", "network", "name"],
+    ids=["gated", "missing", "http", "not-cached", "offline", "no-answer", "network", "name"],
 )
 def test_a_model_that_cannot_be_had_says_why(monkeypatch, failure, expected):
     def snapshot(*arguments: object, **kwargs: object) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine.errors import CheckpointError
 from engine.sources.model_directory import build_once, write_safetensors
 from tests.engine.checkpoint_samples import SHAPES, values_of
 
@@ -13,14 +14,21 @@ def test_a_failed_build_leaves_nothing_behind(tmp_path: Path):
         (directory / "half").write_text("written")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match=f"^model cannot be made in {tmp_path}: disk full; "):
         build_once(tmp_path / "model", fail)
 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_cache_that_is_a_file_is_refused_by_name(tmp_path: Path):
+    (tmp_path / "cache").touch()
+
+    with pytest.raises(CheckpointError, match=f"in {tmp_path}/cache: .*TOUCHSTONE_CACHE"):
+        build_once(tmp_path / "cache" / "model", lambda directory: None)
+
+
 def test_a_build_that_follows_a_failed_one_succeeds(tmp_path: Path):
-    with pytest.raises(OSError):
+    with pytest.raises(CheckpointError):
         build_once(tmp_path / "model", lambda directory: (directory / "no" / "such").write_text(""))
 
     build_once(tmp_path / "model", lambda directory: None)

@@ -78,6 +78,28 @@ def test_a_power_of_two_may_move_between_two_projections(
 
 
 @pytest.mark.parametrize(
+    ("norm", "readers"),
+    [
+        ("model.layers.{}.input_layernorm.weight", ("q_proj", "k_proj", "v_proj")),
+        ("model.layers.{}.post_attention_layernorm.weight", ("gate_proj", "up_proj")),
+        ("model.norm.weight", ()),
+    ],
+    ids=["attn_norm", "mlp_norm", "final_norm"],
+)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_power_of_two_may_move_from_a_norm_to_whatever_reads_it(
+    library: Library, layer: int, norm: str, readers: tuple[str, ...]
+):
+    config, weights = load("toy-untied")
+    moved = changed(weights, layer, **dict.fromkeys(readers, -1))
+    moved[norm.format(layer)] = times(weights[norm.format(layer)], 1)
+    if not readers:
+        moved["lm_head.weight"] = times(weights["lm_head.weight"], -1)
+
+    assert_same_bits(logits_of(library, config, moved), logits_of(library, config, weights))
+
+
+@pytest.mark.parametrize(
     "name", ["v_proj", "o_proj", "up_proj", "down_proj", "gate_proj", "q_proj", "k_proj"]
 )
 @pytest.mark.parametrize("layer", [0, 1])

@@ -95,6 +95,20 @@ def test_integers_give_the_exact_product(twin: Ops, m: int, n: int, k: int):
     assert_same_bits(result, (x.astype(np.int64) @ w.astype(np.int64).T).astype(np.float32))
 
 
+def test_integers_of_more_than_eight_bits_are_rounded_to_even(twin: Ops):
+    # 256 .. 1023, each once: every second, then every fourth is a tie or lies between two bf16
+    wanted = np.arange(256, 1024)
+    x, w = np.zeros((2, 16), np.float32), np.zeros((len(wanted), 16), np.float32)
+    x[:, 0], x[:, 1] = (1, -1), (1, -1)
+    w[:, 0], w[:, 1] = wanted // 256 * 256, wanted % 256
+    steps = np.where(wanted < 512, 2, 4)
+    even = np.round(wanted / steps) * steps  # numpy's rule for halves is the same
+
+    result = twin.linear(to_bf16(x), to_bf16(w))
+
+    assert_same_bits(result, to_bf16(np.stack([even, -even]).astype(np.float32)))
+
+
 @pytest.mark.parametrize(("n", "k"), [(1, 16), (33, 48), (70, 576)])
 def test_one_hot_inputs_read_the_columns_of_the_weight(twin: Ops, n: int, k: int):
     # every weight is a number of its own, so a permuted or shifted one names itself

@@ -229,6 +229,18 @@ class TestUniform:
         )
 
 
+@pytest.mark.parametrize(("part", "bits"), [("seed", 64), ("position", 31), ("choice", 31)])
+def test_every_bit_of_seed_position_and_choice_changes_the_draw(twin: Ops, part: str, bits: int):
+    # two draws of 64 bits that are independent are equal once in 2^64
+    at = ("seed", "position", "choice").index(part)
+    keys = np.array([[0x9E3779B97F4A7C15, 12345, 7]] * (bits + 1), np.uint64)
+    keys[1:, at] ^= np.uint64(1) << np.arange(bits, dtype=np.uint64)
+
+    draws = uniforms(twin, *keys.T.tolist())
+
+    assert len(set(draws)) == bits + 1
+
+
 def uniforms(ops: Ops, seeds: list, positions: list, choices: list) -> list[int]:
     arrays = (
         np.array(seeds, np.uint64),
@@ -257,6 +269,35 @@ def test_a_row_gives_its_token_in_any_batch_and_at_any_place(
     ids = twin.sample(logits[some], page.sampling(all_rows[some]))[0]
 
     assert ids.tolist() == [alone[i] for i in some]
+
+
+@settings(max_examples=20)
+@given(st.permutations(range(8)), st.integers(2, 8))
+def test_a_row_gets_its_scores_and_edits_in_any_batch_and_at_any_place(
+    twin: Ops, order: list[int], count: int
+):
+    rng = np.random.default_rng(5)
+    logits = rng.standard_normal((8, 33)).astype(np.float32)
+    all_rows = page.rows(
+        8, seed=np.arange(8), num_logprobs=[0, 5, -1, 3] * 2, scored_id=[-1, 4, -1, 9] * 2,
+        frequency_penalty=np.arange(8) / 9, num_edits=3,
+    )  # fmt: skip
+    edits = np.zeros(24, page.EDIT)
+    edits["token_id"], edits["bias"] = np.tile([4, 9, 20], 8), 3 * rng.standard_normal(24)
+    edits["count"] = np.arange(24) % 5
+
+    def scored(some: list[int]) -> list[tuple[object, ...]]:
+        mine = np.concatenate([edits[3 * i : 3 * i + 3] for i in some])
+        batch = page.sampling(all_rows[some], mine, max_logprobs=5)
+        ids, scores = twin.sample(logits[some], batch)
+        unscored = all_rows[some]
+        unscored["num_logprobs"] = -1
+        edited = twin.edit_logits(logits[some], page.sampling(unscored, mine))
+        fields = [ids, edited, *vars(scores).values()]
+        return [tuple(field[i].tobytes() for field in fields) for i in range(len(some))]
+
+    some = order[:count]
+    assert scored(some) == [scored([i])[0] for i in some]
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])

@@ -48,6 +48,21 @@ def budget(logits: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
     return (of_weights / p.sum(-1) * 1.0001 + of_result)[:, None]
 
 
+@pytest.mark.parametrize("vocab_size", [1, 2, 7, 20])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 12.0])
+def test_the_probabilities_of_a_whole_vocabulary_add_up_to_one(
+    twin: Ops, vocab_size: int, scale: float
+):
+    logits = np.random.default_rng(2).standard_normal((4, vocab_size)) * scale
+    logits = logits.astype(np.float32)
+
+    result = score(twin, logits, vocab_size)
+
+    sums = np.exp(result.top_logprobs.astype(np.float64)).sum(-1)
+    error = budget(logits, result.top_logprobs)[:, 0]  # of each, so of their sum at most
+    assert (np.abs(sums - 1) <= 1.01 * error).all()
+
+
 @pytest.mark.parametrize("vocab_size", [1, 2, 31, 1000, 128256])
 @pytest.mark.parametrize("scale", [0.1, 3.0, 12.0])
 def test_logprobs_are_within_the_derived_bound_of_float64(twin: Ops, vocab_size: int, scale: float):

@@ -25,6 +25,9 @@ from verification.terminal import WIDTH, standard_console
 from verification.verify_op.process import Kernel, KernelError
 from verification.verify_op.trial import OPERATIONS, TRAINED, Check, checks
 
+NAME = 47  # columns: the longest name of a check, and a space
+TABLE = NAME + 32  # narrower than the narrowest terminal
+
 
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
     """The whole command.
@@ -43,8 +46,8 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     transformers.utils.logging.disable_progress_bar()
     console.print(Text(f"op_{options.operation} of {options.library}"), soft_wrap=True)
     console.print()
-    console.print(Text(f"{'check':<50}{'compared':>10}{'differing':>11}{'ulp':>5}  verdict"))
-    console.print(Text("─" * 87))
+    console.print(Text(f"{'check':<{NAME}}{'compared':>9}{'differing':>10}{'ulp':>4}  verdict"))
+    console.print(Text("─" * TABLE))
     try:
         with Kernel(options.library.resolve(), options.operation) as kernel:
             found = _run(kernel, console)
@@ -83,10 +86,10 @@ def _has_model(name: str) -> bool:
 
 
 def _line(check: Check) -> Text:
-    line = Text(f"{check.name:<50}{count(check.values):>10}")
+    line = Text(f"{check.name:<{NAME}}{count(check.values):>9}")
     differing = "–" if check.differing is None else count(check.differing)
     ulp = "–" if check.max_ulp is None else str(check.max_ulp)
-    line.append(f"{differing:>11}{ulp:>5}  ")
+    line.append(f"{differing:>10}{ulp:>4}  ")
     status = check.verdict.status
     style = "bold red" if status == FAIL else "yellow" if status == NOT_RUN else "green"
     line.append(status, style=style)
@@ -96,24 +99,27 @@ def _line(check: Check) -> Text:
 def _verdict(found: Sequence[Check], console: Console) -> int:
     failed = [check for check in found if check.verdict.status == FAIL]
     console.print()
-    for reason, names in _by_reason(failed).items():
-        words = f"{', '.join(names)}: {reason}"
-        console.print(Text(textwrap.fill(words, WIDTH, subsequent_indent="  "), style="red"))
+    left_out = [check for check in found if check.verdict.status == NOT_RUN]
+    width = min(WIDTH, console.width)
+    for checks_of, style in ((left_out, "yellow"), (failed, "red")):
+        for reason, names in _by_reason(checks_of).items():
+            words = f"{'; '.join(names)}: {reason}"
+            console.print(Text(textwrap.fill(words, width, subsequent_indent="  "), style=style))
     first = next((check.failure for check in failed if check.failure is not None), None)
     if first is not None:
-        console.print(_story(first), width=WIDTH)
-    was_run = [check for check in found if check.verdict.status != NOT_RUN]
-    passed = bool(was_run) and not failed
-    words = f"{len(was_run)} checks run, {len(failed)} failed"
+        console.print(_story(first), width=width)
+    num_run = len(found) - len(left_out)
+    passed = num_run > 0 and not failed
+    words = f"{num_run} checks run, {len(failed)} failed, {len(left_out)} not run"
     style = "bold green" if passed else "bold red"
     console.print(Text(f"{'PASS' if passed else 'FAIL'}  {words}", style=style))
     return 0 if passed else 1
 
 
-def _by_reason(failed: Sequence[Check]) -> dict[str, list[str]]:
-    """Why checks failed, and for each reason the checks."""
+def _by_reason(checks_of: Sequence[Check]) -> dict[str, list[str]]:
+    """Why checks are no pass, and for each reason the checks."""
     names: dict[str, list[str]] = {}
-    for check in failed:
+    for check in checks_of:
         names.setdefault(plain(check.verdict.reason), []).append(check.name)
     return names
 

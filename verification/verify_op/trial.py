@@ -70,7 +70,8 @@ def checks(
     if kernel.operation != "argmax":
         for name in models:
             if not has_model(name):
-                yield Check(f"{name}, transformers' inputs", Verdict(NOT_RUN, "not in the cache"))
+                missing = "not in the model cache; make verify fetches it"
+                yield Check(f"{name}, transformers' inputs", Verdict(NOT_RUN, missing))
                 continue
             yield from _on_model(kernel, name)
     found = list(cases_of(kernel.operation))

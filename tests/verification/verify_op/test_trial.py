@@ -118,7 +118,10 @@ def test_the_command_prints_each_check_and_the_diagnosis(compiled, monkeypatch):
     assert status == 1
     assert "toy, transformers' inputs" in text
     assert "your output equals RMSNorm without the rounding before the weight" in text
-    assert text.rstrip().endswith("failed")
+    assert text.rstrip().endswith("3 failed, 4 not run")
+    assert "smollm2-135m, transformers' inputs: not in the model cache" in text
+    assert {len(line) for line in text.splitlines() if set(line) == {"─"}} == {command.TABLE}
+    assert command.TABLE < 80
 
 
 def test_the_readme_shows_what_the_examples_do():
@@ -138,7 +141,7 @@ def test_a_model_that_is_not_here_is_not_run_and_no_pass(compiled):
         first = next(checks(kernel, lambda model: False, ("smollm2-135m",)))
 
     assert first.verdict.status == "not run"
-    assert first.verdict.reason == "not in the cache"
+    assert first.verdict.reason.startswith("not in the model cache")
 
 
 def test_a_file_that_is_no_shared_object_is_refused_by_name(tmp_path):

@@ -131,7 +131,7 @@ def test_the_readme_shows_what_the_examples_do():
         assert f"tests/verification/verify_op/examples/{name}.c" in readme
     assert "your output equals RMSNorm without the rounding before the weight (to the bit" in readme
     assert ", ".join(sorted(trial.OPERATIONS)) == ", ".join(
-        sorted(readme.split("OP is one of ")[1].split(".")[0].split(", "))
+        sorted(" ".join(readme.split("OP is one of ")[1].split(".")[0].split()).split(", "))
     )
 
 

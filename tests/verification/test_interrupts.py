@@ -19,7 +19,7 @@ from verification.teeth import properties
     [
         (teeth, "whole_plan"),
         (properties, "chosen"),
-        (localisation, "_known"),
+        (localisation, "read_lines"),
         (false_alarms, "try_transformers"),
         (mutants, "run"),
         (policy, "run"),

@@ -101,9 +101,11 @@ class TestTheArena:
 
     def test_a_line_half_written_is_asked_again(self, results, tmp_path):
         path = tmp_path / "cache.jsonl"
-        path.write_text(results[2].read_text() + '{"key": "x", "content": {"a"')
+        path.write_text(results[2].read_text() + '{"key": "x", "content": {"a": {}')
+        Cache(path).put("y", {})
 
         assert Cache(path).get("x") is None
+        assert Cache(path).get("y") == {}
 
     def test_what_has_not_begun_in_time_is_left_out_and_told(self, results):
         _, planted, cache = results

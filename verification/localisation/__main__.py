@@ -5,7 +5,6 @@ fault was found and named first, 1 not so, 2 the command was wrong, 130 interrup
 """
 
 import argparse
-import json
 import sys
 import time
 from collections import defaultdict
@@ -25,6 +24,7 @@ from engine.sources import toy
 from verification import evidence
 from verification.__main__ import parse_layers
 from verification.interrupts import ends_in_one_line
+from verification.json_lines import append_line, read_lines
 from verification.localisation import whole_suite
 from verification.localisation.sweep import Planted, Sweep, room
 from verification.oracle import Reference
@@ -54,16 +54,15 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     transformers.utils.logging.disable_progress_bar()
     clock, stamp = time.monotonic(), evidence.suite_sha256()[:12]
     state = options.state / f"localisation-{options.model}-{stamp}.jsonl"
-    found = _known(state)
+    found = read_lines(state)
     seconds = sum(each["seconds"] for each in found)
-    with torch.inference_mode(), state.open("a", encoding="utf-8") as file:
+    with torch.inference_mode():
         done = {(tuple(each["place"]), each["is_whole"]) for each in found}
         for place, is_whole, planted in _all(options.model, done, options.free_layers):
             took, clock = time.monotonic() - clock, time.monotonic()
             faults = [asdict(each) for each in planted]
             each = {"place": place, "is_whole": is_whole, "faults": faults, "seconds": took}
-            file.write(json.dumps(each) + "\n")
-            file.flush()
+            append_line(state, each)
             found.append(each)
             seconds += took
             misnamed = [each for each in planted if not each.is_named]
@@ -72,13 +71,6 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     record = _record(options.model, planted, seconds)
     console.print(evidence.write(record, options.evidence))
     return 0 if record.passed else 1
-
-
-def _known(state: Path) -> list[dict]:
-    state.parent.mkdir(parents=True, exist_ok=True)
-    if not state.exists():
-        return []
-    return [json.loads(line) for line in state.read_text(encoding="utf-8").splitlines()]
 
 
 def _planted(content: dict) -> Planted:

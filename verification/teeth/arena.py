@@ -22,6 +22,7 @@ from threading import Lock, Semaphore
 from typing import Any
 
 from verification.evidence import Place, this_place
+from verification.json_lines import append_line, read_lines
 from verification.mutants.build import MAKE, ROOT, Tree
 from verification.mutants.faults import GPU
 from verification.teeth import trees
@@ -99,12 +100,8 @@ class Cache:
         self._path = path
         self._content: dict[str, Any] = {}
         self._lock = Lock()
-        if path is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                if not line.endswith("}"):
-                    continue  # the run was stopped while it wrote this one
-                entry = json.loads(line)
-                self._content[entry["key"]] = entry["content"]
+        for entry in () if path is None else read_lines(path):
+            self._content[entry["key"]] = entry["content"]
 
     def get(self, key: str) -> Any:
         """What is known, or None."""
@@ -115,9 +112,7 @@ class Cache:
         with self._lock:
             self._content[key] = content
             if self._path is not None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": key, "content": content}) + "\n")
+                append_line(self._path, {"key": key, "content": content})
 
 
 def run(

@@ -96,7 +96,7 @@ def test_the_command_goes_on_where_it_was_stopped_and_writes_a_record(tmp_path, 
     assert command.main(arguments) == 0
     (state,) = tmp_path.glob("*.jsonl")
     lines = state.read_text().splitlines()
-    state.write_text(lines[0] + "\n")
+    state.write_text(lines[0] + "\n" + lines[1][:-1])  # stopped while it wrote the second
     assert command.main(arguments) == 0
 
     again = state.read_text().splitlines()

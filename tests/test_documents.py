@@ -85,6 +85,33 @@ def test_every_link_leads_somewhere(document: str):
     assert [link for link in links if not ((ROOT / document).parent / link).exists()] == []
 
 
+def anchors(text: str) -> set[str]:
+    """What a link may name in a page: its headings in small letters, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "docs/log.md"])
+def test_every_link_into_a_page_finds_its_heading(document: str):
+    path = ROOT / document
+    links = re.findall(r"\]\(([^):#]*)#([^)]+)\)", path.read_text(encoding="utf-8"))
+    pages = {page: path.parent / page if page else path for page, _ in links}
+    known = {page: anchors(found.read_text(encoding="utf-8")) for page, found in pages.items()}
+
+    assert [(page, anchor) for page, anchor in links if anchor not in known[page]] == []
+
+
+@pytest.mark.parametrize(
+    ("heading", "anchor"),
+    [
+        ("2026-11-21 · exp2", "2026-11-21--exp2"),
+        ("The twin's *k16* step, once", "the-twins-k16-step-once"),
+    ],
+)
+def test_a_heading_is_linked_to_as_git_hosts_do(heading: str, anchor: str):
+    assert anchors(f"text\n## {heading}\n") == {anchor}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_target_of_make_that_a_document_names_exists(document: str):
     assert missing_targets((ROOT / document).read_text(encoding="utf-8")) == []

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from engine.bindings import Engine, Library
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import DeviceUnavailable, InvalidArgument
+from engine.interrupts import Uninterrupted
 from engine.llm_engine import LLMEngine
 from engine.model_runner import ModelRunner
 from engine.models import resolve
@@ -134,7 +135,8 @@ class LLM:
         names: list[str] = []
         try:
             for item, wanted, first in zip(items, params, priorities, strict=True):
-                names.append(self._add(item, wanted, first, stream=False))
+                names.append(str(next(self._names)))
+                self._add(names[-1], item, wanted, first, stream=False)
             with _Bar(len(names), use_tqdm) as bar:
                 waiting = set(names)
                 while waiting:
@@ -155,7 +157,9 @@ class LLM:
             The answer so far, after each token; `delta` of its outputs is what is new. Leaving the
             iterator aborts the request.
         """
-        answers = self._read(self._add(prompt, sampling_params, 0, stream=True))
+        name = str(next(self._names))
+        self._add(name, prompt, sampling_params, 0, stream=True)
+        answers = self._read(name)
         next(answers)  # a generator that has begun is told when it is left, even if nobody reads it
         return answers
 
@@ -196,17 +200,17 @@ class LLM:
         self.close()
 
     def _add(
-        self, prompt: Prompt, params: SamplingParams | None, priority: int, stream: bool
-    ) -> str:
-        name = str(next(self._names))
-        self.engine.add_request(name, prompt, params, priority, stream)
-        self._inbox[name] = deque()
-        return name
+        self, name: str, prompt: Prompt, params: SamplingParams | None, priority: int, stream: bool
+    ) -> None:
+        with Uninterrupted():
+            self.engine.add_request(name, prompt, params, priority, stream)
+            self._inbox[name] = deque()
 
     def _step(self) -> None:
-        """One step; its outputs to whoever waits for them."""
-        for output in self.engine.step():
-            self._inbox[output.request_id].append(output)
+        """One step; its outputs to whoever waits for them, whom Ctrl-C may not be."""
+        with Uninterrupted():
+            for output in self.engine.step():
+                self._inbox[output.request_id].append(output)
 
     def _read(self, name: str) -> Iterator[RequestOutput]:
         """The outputs of a request, after a first item that is none."""
@@ -223,9 +227,10 @@ class LLM:
             self._forget([name])
 
     def _forget(self, names: list[str]) -> None:
-        self.engine.abort(names)
-        for name in names:
-            self._inbox.pop(name, None)
+        with Uninterrupted():
+            self.engine.abort(names)
+            for name in names:
+                self._inbox.pop(name, None)
 
 
 class _Bar:

@@ -2,7 +2,8 @@
 
 Joins policy, runner and text: a request is checked at the door, becomes sequences, and its answers
 grow as the scheduler lets them. Who runs when, and what a token looks like, is decided elsewhere. A
-refused request changes nothing, so none can harm another. One thread at a time.
+refused request changes nothing, so none can harm another. Ctrl-C is heard between two changes, not
+in the middle of one. One thread at a time.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import numpy as np
 from engine.batch import Batch
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import InvalidArgument
+from engine.interrupts import Uninterrupted
 from engine.outputs import RequestOutput
 from engine.request import Request
 from engine.request_checks import Prompt, check_request, longest_sequence, read_prompt
@@ -127,11 +129,11 @@ class LLMEngine:
         )
         leader = sequences[0]
         leader.followers = sequences[1:]
-        self.scheduler.add(leader)
-        self._num_arrived += 1
-        self._requests[request_id] = Request(
-            request_id, text, params, seed, sequences, self.tokenizer, stream
-        )
+        request = Request(request_id, text, params, seed, sequences, self.tokenizer, stream)
+        with Uninterrupted():
+            self.scheduler.add(leader)
+            self._num_arrived += 1
+            self._requests[request_id] = request
 
     def _sequences(
         self,
@@ -168,8 +170,12 @@ class LLMEngine:
         Returns:
             Their outputs so far, finished with reason "abort".
         """
+        with Uninterrupted():
+            return self._abort([request_ids] if isinstance(request_ids, str) else request_ids)
+
+    def _abort(self, request_ids: Iterable[str]) -> list[RequestOutput]:
         outputs = []
-        for request_id in [request_ids] if isinstance(request_ids, str) else request_ids:
+        for request_id in request_ids:
             request = self._requests.pop(request_id, None)
             if request is None:
                 continue
@@ -185,6 +191,10 @@ class LLMEngine:
         Returns:
             An output for each request that ended, and for each streamed one that got a token.
         """
+        with Uninterrupted():
+            return self._step()
+
+    def _step(self) -> list[RequestOutput]:
         step = self.scheduler.schedule()
         if step is None:
             return []
@@ -208,8 +218,8 @@ class LLMEngine:
                 self.scheduler.prepare(step)
             return self.runner.end()
         except BaseException:
-            # Ctrl-C is heard when the call that begins a step returns. Until that step has ended,
-            # no other can begin, and the blocks that it writes to belong to nobody else.
+            # Until a step that was begun has ended, no other can begin, and the blocks that it
+            # writes to belong to nobody else.
             with contextlib.suppress(Exception):  # what came first is told
                 self.runner.end()
             raise

@@ -7,6 +7,10 @@ are legal; whoever loads them counts them.
 """
 
 import hashlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,6 +31,8 @@ from engine.safetensors_file import (
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARDS = 1000
+READERS = 4  # threads that read ahead: a memory's speed takes more than one
+AHEAD_BYTES = 1 << 30  # read and not yet handed out; one tensor may be more
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -59,6 +65,22 @@ class Checkpoint:
         span.file.read(span.begin, memoryview(values.reshape(-1)).cast("B"))
         span.file.check_unchanged()
         return values
+
+    @contextmanager
+    def read_ahead(self) -> Iterator[Iterator[tuple[str, np.ndarray]]]:
+        """Every tensor with its name, in the order of `names`, read by threads before it is wanted.
+
+        Reading begins on entry: what is done before the first tensor is taken costs no time. Ends
+        on exit, whether all were taken or not.
+
+        Raises:
+            CheckpointError: as `tensor`, when that tensor is taken.
+        """
+        with ThreadPoolExecutor(READERS) as readers:
+            try:
+                yield _ReadAhead(self, self._spans, readers)
+            finally:
+                readers.shutdown(cancel_futures=True)
 
     def num_bytes(self) -> int:
         """Bytes of all tensors together."""
@@ -98,6 +120,39 @@ class Checkpoint:
     ) -> None:
         """Close the files."""
         self.close()
+
+
+class _ReadAhead:
+    """Tensors in order, as many read in advance as AHEAD_BYTES allow."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, spans: dict[str, TensorSpan], readers: ThreadPoolExecutor
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._readers = readers
+        self._unread = deque(spans.items())
+        self._read: deque[tuple[str, int, Future[np.ndarray]]] = deque()
+        self._ahead_bytes = 0  # of the tensors in _read
+        self._advance()
+
+    def _advance(self) -> None:
+        while self._unread and (not self._read or self._ahead_bytes < AHEAD_BYTES):
+            name, span = self._unread.popleft()
+            self._read.append(
+                (name, span.num_bytes, self._readers.submit(self._checkpoint.tensor, name))
+            )
+            self._ahead_bytes += span.num_bytes
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> tuple[str, np.ndarray]:
+        if not self._read:
+            raise StopIteration
+        name, num_bytes, tensor = self._read.popleft()
+        self._ahead_bytes -= num_bytes
+        self._advance()
+        return name, tensor.result()
 
 
 def open_checkpoint(directory: str | Path, config: ModelConfig) -> Checkpoint:

@@ -55,16 +55,19 @@ class ModelRunner:
         self.library = library or Library()
         self._begun: StepOutput | None = None  # of the step between begin and end
         self.not_finite: dict[str, int] = {}  # tensors with NaN or infinite weights, and how many
-        with open_checkpoint(self.directory, self.config) as checkpoint:
+        with (
+            open_checkpoint(self.directory, self.config) as checkpoint,
+            checkpoint.read_ahead() as tensors,
+        ):
             self.engine = Engine(self.library, self.config, engine_config)
             try:
-                names = checkpoint.names()
-                for done, name in enumerate(names, start=1):
-                    count = self.engine.load_weight(name, checkpoint.tensor(name))
+                num_tensors = len(checkpoint.names())
+                for done, (name, values) in enumerate(tensors, start=1):
+                    count = self.engine.load_weight(name, values)
                     if count:
                         self.not_finite[name] = count
                     if progress is not None:
-                        progress(done, len(names), name)
+                        progress(done, num_tensors, name)
                 self.engine.finish_loading()
             except BaseException:
                 self.engine.close()

@@ -1,11 +1,14 @@
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import engine.checkpoint
+from engine.checkpoint import Checkpoint
 from engine.errors import CheckpointError
 from tests.engine.checkpoint_samples import (
     NORM,
@@ -176,6 +179,67 @@ def test_a_file_that_is_replaced_while_open_changes_nothing(directory: Path):
         (directory / "model.safetensors").write_bytes(b"another")
 
         np.testing.assert_array_equal(checkpoint.tensor(NORM), values_of(NORM))
+
+
+class TestReadAhead:
+    def test_every_tensor_comes_in_order_bit_for_bit(self, directory: Path):
+        with opened(directory) as checkpoint, checkpoint.read_ahead() as tensors:
+            read = list(tensors)
+
+        assert [name for name, _ in read] == list(SHAPES)
+        for name, values in read:
+            assert values.shape == SHAPES[name]
+            np.testing.assert_array_equal(values, values_of(name))
+
+    # The smallest tensor has 128 bytes, the largest 8192.
+    @pytest.mark.parametrize("ahead", [1, 128, 9000, 1 << 20])
+    def test_no_more_is_read_than_may_lie_in_memory(
+        self, directory: Path, monkeypatch: pytest.MonkeyPatch, ahead: int
+    ):
+        monkeypatch.setattr(engine.checkpoint, "AHEAD_BYTES", ahead)
+        begun: list[str] = []
+        tensor = Checkpoint.tensor
+        monkeypatch.setattr(
+            Checkpoint, "tensor", lambda self, name: (begun.append(name), tensor(self, name))[1]
+        )
+        sizes = [values_of(name).nbytes for name in SHAPES]
+
+        with opened(directory) as checkpoint, checkpoint.read_ahead() as tensors:
+            for taken in range(1, len(sizes) + 1):
+                next(tensors)
+                # The last one may reach over the limit, and is not counted.
+                assert sum(sizes[taken : len(begun)][:-1]) < max(ahead, 1)
+
+        assert sorted(begun) == sorted(SHAPES)
+
+    def test_reading_begins_before_the_first_is_taken(
+        self, directory: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        has_begun = threading.Event()
+        tensor = Checkpoint.tensor
+        monkeypatch.setattr(
+            Checkpoint, "tensor", lambda self, name: (has_begun.set(), tensor(self, name))[1]
+        )
+
+        with opened(directory) as checkpoint, checkpoint.read_ahead():
+            assert has_begun.wait(10)
+
+    def test_a_tensor_that_cannot_be_read_is_an_error_when_it_is_taken(self, directory: Path):
+        with opened(directory) as checkpoint:
+            os.truncate(directory / "model.safetensors", 5000)
+
+            with checkpoint.read_ahead() as tensors, pytest.raises(CheckpointError, match="5000"):
+                list(tensors)
+
+    def test_leaving_early_leaves_no_thread(self, directory: Path):
+        before = set(threading.enumerate())
+
+        with opened(directory) as checkpoint:
+            with pytest.raises(KeyboardInterrupt), checkpoint.read_ahead() as tensors:
+                next(tensors)
+                raise KeyboardInterrupt
+
+            assert set(threading.enumerate()) <= before
 
 
 class TestShards:

@@ -143,6 +143,13 @@ def test_not_finite_values_are_counted(engine: Engine, config: ModelConfig):
     assert engine.load_weight("model.norm.weight", values) == 5
 
 
+def test_every_value_of_a_large_tensor_may_be_not_finite(engine: Engine, config: ModelConfig):
+    values = zeros(config, "model.embed_tokens.weight") + np.uint16(0x7FC0)
+    values[-1, -1] = 0
+
+    assert engine.load_weight("model.embed_tokens.weight", values) == values.size - 1
+
+
 def test_null_pointers_are_refused(engine: Engine):
     ffi, name = engine.library.ffi, b"model.norm.weight"
     data, count = ffi.new("uint16_t[128]"), ffi.new("int64_t *")

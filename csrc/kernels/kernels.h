@@ -50,6 +50,9 @@ typedef struct BatchIndex {
     // Sequences of more than one new token, so that nothing is launched for the others; null: not told.
     const int32_t *prefill_seqs;  // [num_prefill_seqs]
     int num_prefill_seqs;
+    // The rows whose logits are wanted as a batch of their own, a sequence of one new token each; null: not
+    // told. Its tokens have no ids and no slots.
+    const struct BatchIndex *wanted;
 } BatchIndex;
 
 // Devices and memory.

@@ -11,11 +11,11 @@ static Status tap(const Model *model, const TapSet *taps, TapPoint point, int la
     return tap_rows(model, taps, point, layer, value, 0, batch->num_tokens);
 }
 
-static Status attention_block(Model *model, int layer, const BatchIndex *batch, const TapSet *taps) {
+// A layer's q, rotated; its keys and values go to the cache.
+static Status query_key_value(Model *model, int layer, const BatchIndex *batch, const TapSet *taps) {
     const EngineModelConfig *c = &model->config;
     const Kernels *k = model->kernels;
     const LayerWeights *w = &model->weights.layers[layer];
-    const KvLayer *cache = &model->cache[layer];
     Activations *a = &model->activations;
     Stream stream = model->stream;
     int num_tokens = batch->num_tokens;
@@ -23,6 +23,7 @@ static Status attention_block(Model *model, int layer, const BatchIndex *batch, 
     TRY(k->rms_norm(a->normed, a->residual, w->input_layernorm, num_tokens, c->hidden_size, c->rms_norm_eps,
                     stream));
     TRY(tap(model, taps, TAP_ATTN_NORM, layer, a->normed, batch));
+    if (prefill_applies(model, batch, taps)) return prefill_query_key_value(model, layer, batch);
     TRY(k->linear(a->q, a->normed, &w->q_proj, num_tokens, stream));
     TRY(tap(model, taps, TAP_Q, layer, a->q, batch));
     TRY(k->linear(a->k, a->normed, &w->k_proj, num_tokens, stream));
@@ -35,9 +36,21 @@ static Status attention_block(Model *model, int layer, const BatchIndex *batch, 
     TRY(k->rotary_embedding(a->k, a->k, model->weights.rope_table, batch->positions, num_tokens,
                             c->num_kv_heads, c->head_dim, stream));
     TRY(tap(model, taps, TAP_K_ROPE, layer, a->k, batch));
-    TRY(k->write_kv_cache(cache, a->k, a->v, batch->slot_mapping, num_tokens, stream));
-    TRY(k->attention(a->attn, a->q, cache, batch, c->num_heads, stream));
+    return k->write_kv_cache(&model->cache[layer], a->k, a->v, batch->slot_mapping, num_tokens, stream);
+}
+
+static Status attention_block(Model *model, int layer, const bf16 *q, const BatchIndex *batch,
+                              const TapSet *taps) {
+    const EngineModelConfig *c = &model->config;
+    const Kernels *k = model->kernels;
+    const LayerWeights *w = &model->weights.layers[layer];
+    Activations *a = &model->activations;
+    Stream stream = model->stream;
+    int num_tokens = batch->num_tokens;
+
+    TRY(k->attention(a->attn, q, &model->cache[layer], batch, c->num_heads, stream));
     TRY(tap(model, taps, TAP_ATTN, layer, a->attn, batch));
+    if (prefill_applies(model, batch, taps)) return prefill_output(model, layer, batch);
     TRY(k->linear(a->projected, a->attn, &w->o_proj, num_tokens, stream));
     TRY(tap(model, taps, TAP_O, layer, a->projected, batch));
     TRY(k->residual_add(a->residual, a->residual, a->projected, (int64_t)num_tokens * c->hidden_size,
@@ -56,6 +69,7 @@ static Status mlp_block(Model *model, int layer, const BatchIndex *batch, const 
     TRY(k->rms_norm(a->normed, a->residual, w->post_attention_layernorm, num_tokens, c->hidden_size,
                     c->rms_norm_eps, stream));
     TRY(tap(model, taps, TAP_MLP_NORM, layer, a->normed, batch));
+    if (prefill_applies(model, batch, taps)) return prefill_mlp(model, layer, batch);
     TRY(k->linear(a->gate, a->normed, &w->gate_proj, num_tokens, stream));
     TRY(tap(model, taps, TAP_GATE, layer, a->gate, batch));
     TRY(k->linear(a->up, a->normed, &w->up_proj, num_tokens, stream));
@@ -67,6 +81,24 @@ static Status mlp_block(Model *model, int layer, const BatchIndex *batch, const 
     TRY(k->residual_add(a->residual, a->residual, a->projected, (int64_t)num_tokens * c->hidden_size,
                         stream));
     return tap(model, taps, TAP_MLP_RESIDUAL, layer, a->residual, batch);
+}
+
+// From here on only the wanted rows: those of the residual stream move to its start, those of q to where
+// the MLP works later.
+static Status keep_wanted_rows(Model *model, const BatchIndex *batch, const bf16 **q) {
+    const EngineModelConfig *c = &model->config;
+    const Kernels *k = model->kernels;
+    const BatchIndex *wanted = batch->wanted;
+    Activations *a = &model->activations;
+    int num_rows = wanted->num_tokens;
+
+    TRY(k->gather_rows(a->projected, a->residual, batch->logits_indices, num_rows, c->hidden_size,
+                       model->stream));
+    TRY(k->gather_rows(a->residual, a->projected, wanted->logits_indices, num_rows, c->hidden_size,
+                       model->stream));
+    *q = a->act;
+    return k->gather_rows(a->act, a->q, batch->logits_indices, num_rows, c->num_heads * c->head_dim,
+                          model->stream);
 }
 
 // Final norm and logits of the wanted rows, a slice of rows at a time so that the buffer stays small.
@@ -105,14 +137,18 @@ Status model_forward(Model *model, const BatchIndex *batch, const TapSet *taps,
     TRY(model->kernels->embedding(a->residual, &model->weights.embed_tokens, batch->input_ids,
                                   batch->num_tokens, model->stream));
     TRY(tap(model, taps, TAP_EMBED, 0, a->residual, batch));
-    int is_fused = taps->num_taps == 0 && prefill_applies(model, batch);
-    for (int layer = 0; layer < model->config.num_layers; layer++) {
-        if (is_fused) {
-            TRY(prefill_layer(model, layer, batch));
-            continue;
+    const BatchIndex *rows = batch;  // whose residual stream goes on
+    int num_layers = model->config.num_layers;
+    for (int layer = 0; layer < num_layers; layer++) {
+        const bf16 *q = a->q;
+        TRY(query_key_value(model, layer, batch, taps));
+        if (layer == num_layers - 1 && batch->wanted && taps->num_taps == 0) {
+            rows = batch->wanted;
+            if (rows->num_tokens == 0) return STATUS_OK;  // keys and values were all that was wanted
+            TRY(keep_wanted_rows(model, batch, &q));
         }
-        TRY(attention_block(model, layer, batch, taps));
-        TRY(mlp_block(model, layer, batch, taps));
+        TRY(attention_block(model, layer, q, rows, taps));
+        TRY(mlp_block(model, layer, rows, taps));
     }
-    return output_block(model, batch, taps, sampling, logits, next_ids);
+    return output_block(model, rows, taps, sampling, logits, next_ids);
 }

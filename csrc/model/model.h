@@ -127,9 +127,12 @@ int decode_applies(const Model *model, const BatchIndex *batch);
 Status decode_forward(Model *model, const BatchIndex *batch, int steps_before, int num_steps,
                       const EngineSampling *sampling, float *logits, int32_t *next_ids);
 
-// The fused layer for many tokens: whether this step is worth it, and one layer.
-int prefill_applies(const Model *model, const BatchIndex *batch);
-Status prefill_layer(Model *model, int layer, const BatchIndex *batch);
+// A layer's fused parts for many tokens, and whether they serve: q, k and v from the norm, o and the whole
+// MLP into the residual stream.
+int prefill_applies(const Model *model, const BatchIndex *batch, const TapSet *taps);
+Status prefill_query_key_value(Model *model, int layer, const BatchIndex *batch);
+Status prefill_output(Model *model, int layer, const BatchIndex *batch);
+Status prefill_mlp(Model *model, int layer, const BatchIndex *batch);
 
 // One step: fills host arrays logits [num_logits, vocab_size] and next_ids [num_logits], either may be
 // null; next_ids are the arg-max, or chosen as `sampling` says, unless null. Returns once everything is on

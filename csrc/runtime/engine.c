@@ -125,9 +125,7 @@ static Status build(Engine *e) {
     TRY(allocate_sampling(e));
     TRY(allocate_cache(e));
     TRY(build_rope_table(e));
-    size_t max_blocks = ((size_t)o->max_seq_len + o->block_size - 1) / o->block_size;
-    e->index_count =
-        4 * (size_t)o->max_num_tokens + 3 * (size_t)o->max_num_seqs + 1 + o->max_num_seqs * max_blocks;
+    e->index_count = index_values(o);
     TRY(allocate_host(&e->greedy_arrays, 4 * sizeof(int32_t) * o->max_num_seqs));
     TRY(allocate_host(&e->index_host, e->index_count * sizeof(int32_t)));
     return allocate(e, &e->index_device, e->index_count * sizeof(int32_t), &e->workspace_bytes);
@@ -176,39 +174,6 @@ Status engine_destroy(Engine *e) {
     free(e->model.weights.layers);
     free(e);
     return STATUS_OK;
-}
-
-// One array of the step into the staging memory; returns where it will be on the device.
-static const int32_t *stage(Engine *e, size_t *used, const int32_t *values, size_t count) {
-    memcpy(e->index_host + *used, values, count * sizeof(int32_t));
-    const int32_t *device = e->index_device + *used;
-    *used += count;
-    return device;
-}
-
-Status index_of_batch(Engine *e, const EngineBatch *b, BatchIndex *index) {
-    size_t used = 0, tokens = (size_t)b->num_tokens, seqs = (size_t)b->num_seqs;
-    *index = (BatchIndex){.num_tokens = b->num_tokens,
-                          .num_seqs = b->num_seqs,
-                          .max_blocks_per_seq = b->max_blocks_per_seq,
-                          .num_logits = b->num_logits};
-    for (int i = 0; i < b->num_seqs; i++) {
-        int seq_len_q = b->cu_seqlens_q[i + 1] - b->cu_seqlens_q[i];
-        if (seq_len_q > index->max_seq_len_q) index->max_seq_len_q = seq_len_q;
-        if (b->seq_lens[i] > index->max_seq_len) index->max_seq_len = b->seq_lens[i];
-    }
-    index->input_ids = stage(e, &used, b->input_ids, tokens);
-    index->positions = stage(e, &used, b->positions, tokens);
-    index->slot_mapping = stage(e, &used, b->slot_mapping, tokens);
-    index->cu_seqlens_q = stage(e, &used, b->cu_seqlens_q, seqs + 1);
-    index->seq_lens = stage(e, &used, b->seq_lens, seqs);
-    index->block_tables = stage(e, &used, b->block_tables, seqs * (size_t)b->max_blocks_per_seq);
-    if (b->num_logits) index->logits_indices = stage(e, &used, b->logits_indices, (size_t)b->num_logits);
-    index->num_prefill_seqs = batch_prefill_seqs(b, e->index_host + used);
-    index->prefill_seqs = e->index_device + used;
-    used += (size_t)index->num_prefill_seqs;
-    return e->model.kernels->copy_in(e->index_device, e->index_host, used * sizeof(int32_t),
-                                     e->model.stream);
 }
 
 static Status check_taps(const Engine *e, const EngineTap *taps, int num_taps) {

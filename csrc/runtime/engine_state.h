@@ -16,6 +16,7 @@ struct Engine {
     int32_t *index_host;  // staging for one step's index arrays, and their copy on the device
     int32_t *index_device;
     size_t index_count;    // int32 values in each
+    BatchIndex wanted;     // the last step's, for BatchIndex's pointer
     uint32_t *slot_owner;  // batch_check's scratch
     uint32_t step;
     uint8_t *edited_by;          // sampling_check's scratch, [vocab_size]
@@ -37,7 +38,8 @@ enum { GREEDY_STEPS = 64 };  // steps of engine_decode between two looks at the 
 
 // Backend memory that lives as long as the engine, counted on `account` (engine.c).
 Status allocate(Engine *engine, void *pointer_to_pointer, size_t bytes, int64_t *account);
-// The step's index arrays in the backend's memory (engine.c).
+// The step's index arrays in the backend's memory, and how many values they are at most (index.c).
+size_t index_values(const EngineOptions *options);
 Status index_of_batch(Engine *engine, const EngineBatch *batch, BatchIndex *index);
 // A living engine; a loaded, living engine; or why not (engine.c).
 Status check_alive(const Engine *engine);

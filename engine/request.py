@@ -150,11 +150,15 @@ class Request:
     def token_logprobs(
         self, logprobs: Logprobs, row: int, token_id: int, count: int
     ) -> TokenLogprobs:
-        """A row of a step's logprobs by token id: the token itself and `count` alternatives."""
+        """A row of a step's logprobs by token id: the token itself and `count` alternatives.
+
+        Of a vocabulary that has fewer tokens, all of them.
+        """
         scores = {token_id: (float(logprobs.token_logprobs[row]), int(logprobs.token_ranks[row]))}
         tops = zip(logprobs.top_ids[row, :count], logprobs.top_logprobs[row, :count], strict=True)
         for rank, (top_id, logprob) in enumerate(tops, start=1):
-            scores.setdefault(int(top_id), (float(logprob), rank))
+            if top_id >= 0:
+                scores.setdefault(int(top_id), (float(logprob), rank))
         return {
             token: Logprob(logprob, rank, self._decoded(token))
             for token, (logprob, rank) in scores.items()

@@ -56,7 +56,8 @@ def read_prompt(
     """The prompt's text, if it is one, and its token ids.
 
     Raises:
-        InvalidArgument: neither a text nor token ids of this model, or a text without a tokenizer.
+        InvalidArgument: neither a text nor token ids of this model, or a text without a tokenizer
+            or with tokens that the model does not have.
     """
     if isinstance(prompt, Mapping):
         if len(prompt) != 1 or not set(prompt) <= {"prompt", "prompt_token_ids"}:
@@ -69,7 +70,13 @@ def read_prompt(
     if isinstance(prompt, str):
         if tokenizer is None:
             raise InvalidArgument("prompt must be token ids: this model has no tokenizer")
-        return prompt, tokenizer.encode(prompt, add_bos=tokenizer.adds_bos)
+        ids = tokenizer.encode(prompt, add_bos=tokenizer.adds_bos)
+        if ids and max(ids) >= vocab_size:  # a tokenizer may have been given more than the model
+            raise InvalidArgument(
+                f"prompt has a token {max(ids)} of this tokenizer, the model's vocabulary has "
+                f"0 to {vocab_size - 1}"
+            )
+        return prompt, ids
     is_list = isinstance(prompt, Items) or (isinstance(prompt, np.ndarray) and prompt.ndim > 0)
     if isinstance(prompt, bytes | bytearray) or not is_list:
         raise InvalidArgument(f"prompt must be a text or token ids, got {_shown(prompt)}")

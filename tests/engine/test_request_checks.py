@@ -6,7 +6,8 @@ import pytest
 from engine.errors import InvalidArgument
 from engine.request_checks import longest_sequence, read_prompt
 from engine.room import Room, make_room
-from engine.sources.toy import CONFIGS
+from engine.sources.toy import CONFIGS, byte_tokenizer
+from engine.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize("max_tokens", [None, 0, 1])
@@ -26,3 +27,12 @@ def test_what_is_neither_a_text_nor_a_list_of_ids_is_refused(prompt: object):
 @pytest.mark.parametrize("prompt", [[1, 2], (1, 2), np.array([1, 2]), range(1, 3)], ids=repr)
 def test_token_ids_come_in_any_list(prompt: object):
     assert read_prompt(prompt, None, 320) == (None, [1, 2])
+
+
+# A step would refuse it, and with it every other request of the step, again and again.
+def test_a_text_with_a_token_beyond_the_models_vocabulary_is_refused_at_the_door():
+    tokenizer = Tokenizer(byte_tokenizer(320))
+
+    assert read_prompt("a<|reserved_61|>", tokenizer, 320) == ("a<|reserved_61|>", [97, 319])
+    with pytest.raises(InvalidArgument, match="prompt has a token 319 .* has 0 to 318"):
+        read_prompt("a<|reserved_61|>", tokenizer, 319)

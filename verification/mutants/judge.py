@@ -26,6 +26,7 @@ BitHashes = dict[str, dict[TapKey, str]]  # by prompt id
 # Toys are so small that handing work to a second thread costs more than the work: 0.4 s a verdict
 # with one thread, 6 to 28 s with two where other processes want the cores (measured on two cores).
 NUM_THREADS = 1
+BLOCK_SIZE = 64  # a divisor of every tile that a legal variant has
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Judge:
 
     def _hashes(self, library: Library, setting: Setting) -> BitHashes:
         prompts = self._prompts(setting)
-        config = engine_config_for(prompts, "cpu", NUM_THREADS)
+        config = engine_config_for(prompts, "cpu", NUM_THREADS, BLOCK_SIZE)
         with ModelRunner(resolve(setting[0]), config, library) as runner:
             return capture_bit_hashes(runner, prompts)
 

@@ -1,4 +1,4 @@
-"""The arg-max of logits that differ by one unit in the last place, or not at all, or are below zero.
+"""The arg-max of logits that differ by one unit in the last place, by none, or are below zero.
 
 A model built by hand (tests/system/test_constructed_models.py): each token has two rivals at the
 top, in one tile of the vocabulary or far apart, either one ahead by the smallest step or both

@@ -12,8 +12,6 @@ from typing import Any
 
 from engine.bench import Workload, pure_steps, report, serve
 
-WARM_UP = Workload(2, (16, 16), (4, 4))
-
 
 def add_bench_parser(commands: Any) -> None:
     """Add `bench` with its two kinds to the command line's subcommands."""
@@ -86,7 +84,7 @@ def run_bench(options: argparse.Namespace, progress: Callable[[str, int, int], N
         enable_prefix_caching=False,  # random prompts share nothing
     ) as llm:
         vocab_size = llm.model_config.vocab_size
-        serve(llm.engine, WARM_UP.requests(vocab_size))
+        serve(llm.engine, _warm_up(workload).requests(vocab_size))
         requests = workload.requests(vocab_size)
         is_all_at_once = math.isinf(workload.request_rate)  # else the time is that of arrivals
         pure = pure_steps(llm.engine, requests) if is_all_at_once else None
@@ -105,6 +103,13 @@ def run_bench(options: argparse.Namespace, progress: Callable[[str, int, int], N
         return
     for kind, found in results.items():
         print(report(f"[{device}] {options.model} {kind if not is_latency else 'latency'}", found))
+
+
+def _warm_up(workload: Workload) -> Workload:
+    """Two requests as short as the shortest of the workload, at most: they fit where it does."""
+    size = min(16, workload.input_len[0])
+    answer = min(4, workload.output_len[0])
+    return Workload(2, (size, size), (answer, answer))
 
 
 def _lengths(text: str) -> tuple[int, int]:

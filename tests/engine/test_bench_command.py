@@ -58,6 +58,13 @@ def test_latency_is_one_batch(capsys):
     assert "\n  decode ms     p50" in out
 
 
+def test_a_context_that_holds_the_workload_and_no_more_is_enough(capsys):
+    tight = ["--model", "toy", "--device", "cpu", "--threads", "1", "--max-model-len", "5"]
+
+    assert main(["bench", "latency", *tight, "--input-len", "3", "--output-len", "2"]) == 0
+    assert "pp 3 + tg 2 tokens" in capsys.readouterr().out
+
+
 def test_what_does_not_fit_is_an_error_in_words(capsys):
     code = main(["bench", "latency", *SMALL, "--input-len", "60", "--output-len", "30"])
 

@@ -26,6 +26,7 @@ from safetensors.numpy import save_file
 
 from engine.config import ModelConfig
 from engine.errors import EngineError
+from engine.interrupts import Uninterrupted
 from engine.models import cache_root, model_names, name_of, resolve
 from verification import goldens
 from verification.golden_measure import measure
@@ -148,9 +149,21 @@ def write(directory: Path, manifest: dict, prompts: Mapping[str, GoldenPrompt]) 
         }
         (new / "manifest.json").write_text(_manifest_text(whole), encoding="utf-8")
         goldens.load(new)  # what cannot be read back is not put in place
-        if directory.exists():
-            os.rename(directory, Path(scratch) / "old")
+        with Uninterrupted():
+            _exchange(directory, new, Path(scratch) / "old")
+
+
+def _exchange(directory: Path, new: Path, old: Path) -> None:
+    """Puts the new record in place; the one it replaces goes to `old`, or back where it was."""
+    if not directory.exists():
         os.rename(new, directory)
+        return
+    os.rename(directory, old)
+    try:
+        os.rename(new, directory)
+    except OSError:
+        os.rename(old, directory)
+        raise
 
 
 def _write_files(

@@ -143,6 +143,23 @@ def test_a_record_that_fails_half_way_leaves_the_old_one(tmp_path: Path, monkeyp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["toy"]
 
 
+def test_a_record_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path: Path, monkeypatch):
+    record.write(tmp_path / "toy", dict(MANIFEST), {"a": golden_prompt(0)})
+    rename = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if source.name == "new":
+            raise OSError("read-only file system")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+
+    with pytest.raises(OSError, match="read-only"):
+        record.write(tmp_path / "toy", dict(MANIFEST), {"b": golden_prompt(1)})
+    assert set(goldens.load(tmp_path / "toy").prompts) == {"a"}
+    assert [path.name for path in tmp_path.iterdir()] == ["toy"]
+
+
 def test_a_directory_that_is_no_record_is_never_replaced(tmp_path: Path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_text("weights")

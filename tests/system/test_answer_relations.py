@@ -81,15 +81,57 @@ def test_an_answer_that_ends_is_the_beginning_of_one_that_does_not(
         assert answer(script, ends, ignore_eos=True) == free
 
 
+def fed(prompt: list[int], engine: LLMEngine) -> tuple[int, ...]:
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    engine.add_request("r", prompt, params, stream=False)
+    found = []
+    while engine.has_unfinished_requests():
+        found += engine.step()
+    return found[-1].outputs[0].token_ids
+
+
+def remembering(**room: int) -> LLMEngine:
+    room = replace(ROOM, **room)
+    return LLMEngine(PagedTokenModel(room.num_blocks, BLOCK_SIZE, 200), CONFIGS["toy"], room)
+
+
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 32, 33, 48])
 def test_a_prompt_that_the_cache_holds_is_answered_as_at_first(length: int):
-    model = PagedTokenModel(ROOM.num_blocks, BLOCK_SIZE, 200)
-    engine = LLMEngine(model, CONFIGS["toy"], ROOM)
-    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-    answers = []
-    for _ in range(3):
-        engine.add_request("r", list(range(length)), params, stream=False)
-        while engine.has_unfinished_requests():
-            answers += [output.outputs[0].token_ids for output in engine.step()]
+    prompt, engine = list(range(length)), remembering()
 
-    assert len(answers) == 3 and len(set(answers)) == 1 and len(answers[0]) == 4
+    assert [fed(prompt, engine) for _ in range(3)] == 3 * [fed(prompt, remembering())]
+
+
+def test_equal_blocks_behind_other_beginnings_are_other_blocks():
+    middle, end = [5] * BLOCK_SIZE, [1, 2, 3]
+    prompts = [[start] * BLOCK_SIZE + middle + end for start in (7, 8)] + [middle + middle + end]
+    alone = [fed(prompt, remembering()) for prompt in prompts]
+    engine = remembering()
+
+    assert [fed(prompt, engine) for prompt in prompts + prompts] == alone + alone
+    assert len(set(alone)) == len(prompts)
+
+
+def ends_after(
+    priority: int, others: Sequence[str] = ("first", "second")
+) -> tuple[int, tuple[int, ...]]:
+    """Where one runs at a time: the steps until the last of three has its answer, and that one."""
+    engine = remembering(max_num_seqs=1)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    for i, name in enumerate(others):
+        engine.add_request(name, [i, 2, 3], params, stream=False)
+        engine.step()
+    engine.add_request("last", [7, 8, 9], params, stream=False, priority=priority)
+    for step in range(1000):
+        for output in engine.step():
+            if output.request_id == "last":
+                return step, output.outputs[0].token_ids
+    raise AssertionError("it never ended")
+
+
+def test_whoever_is_more_urgent_has_the_same_answer_no_later():
+    (late, one), (middle, two), (early, three) = (ends_after(p) for p in (1, 0, -1))
+
+    assert early < middle <= late
+    assert one == two == three
+    assert ends_after(0, others=()) == (early, three)  # it waits for nobody

@@ -23,6 +23,7 @@ from torch import nn
 from engine.bindings import Library
 from engine.config import ModelConfig
 from engine.models import resolve
+from engine.sources.toy import CONFIGS
 from verification import evidence
 from verification.compare import FAIL
 from verification.engine_runs import group_prompt
@@ -40,7 +41,7 @@ from verification.selection import Selection
 from verification.verify_op.passes import prefill_pass
 from verification.whole_model import WholeModelGrader
 
-TOYS = ("toy", "toy-untied", "toy-gqa3", "toy-plain-rope")
+TOYS = tuple(CONFIGS)
 TRAINED = "smollm2-135m"
 SHORT = 200  # tokens: longer prompts are tried on the first toy alone
 TRAINED_PROMPTS = "len-17,capital,digits"

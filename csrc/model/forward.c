@@ -88,17 +88,15 @@ static Status mlp_block(Model *model, int layer, const BatchIndex *batch, const 
 static Status keep_wanted_rows(Model *model, const BatchIndex *batch, const bf16 **q) {
     const EngineModelConfig *c = &model->config;
     const Kernels *k = model->kernels;
-    const BatchIndex *wanted = batch->wanted;
     Activations *a = &model->activations;
-    int num_rows = wanted->num_tokens;
+    Stream stream = model->stream;
+    int rows = batch->num_logits;
 
-    TRY(k->gather_rows(a->projected, a->residual, batch->logits_indices, num_rows, c->hidden_size,
-                       model->stream));
-    TRY(k->gather_rows(a->residual, a->projected, wanted->logits_indices, num_rows, c->hidden_size,
-                       model->stream));
+    TRY(k->gather_rows(a->projected, a->residual, batch->logits_indices, rows, c->hidden_size, stream));
+    TRY(k->gather_rows(a->residual, a->projected, batch->wanted->logits_indices, rows, c->hidden_size,
+                       stream));
     *q = a->act;
-    return k->gather_rows(a->act, a->q, batch->logits_indices, num_rows, c->num_heads * c->head_dim,
-                          model->stream);
+    return k->gather_rows(a->act, a->q, batch->logits_indices, rows, c->num_heads * c->head_dim, stream);
 }
 
 // Final norm and logits of the wanted rows, a slice of rows at a time so that the buffer stays small.
@@ -117,13 +115,12 @@ static Status output_block(Model *model, const BatchIndex *batch, const TapSet *
     for (int first = 0; first < batch->num_logits; first += a->logits_rows) {
         int num_rows =
             batch->num_logits - first < a->logits_rows ? batch->num_logits - first : a->logits_rows;
-        size_t row_bytes = (size_t)c->vocab_size * sizeof(float);
         TRY(k->linear_f32(a->logits, a->normed + (size_t)first * c->hidden_size, &model->weights.lm_head,
                           num_rows, stream));
         TRY(tap_rows(model, taps, TAP_LOGITS, 0, a->logits, first, num_rows));
         if (logits)
-            TRY(k->copy_out(logits + (size_t)first * c->vocab_size, a->logits, num_rows * row_bytes,
-                            stream));
+            TRY(k->copy_out(logits + (size_t)first * c->vocab_size, a->logits,
+                            (size_t)num_rows * c->vocab_size * sizeof(float), stream));
         TRY(model_choose(model, sampling, first, num_rows, next_ids ? next_ids + first : NULL));
     }
     return STATUS_OK;
@@ -138,11 +135,10 @@ Status model_forward(Model *model, const BatchIndex *batch, const TapSet *taps,
                                   batch->num_tokens, model->stream));
     TRY(tap(model, taps, TAP_EMBED, 0, a->residual, batch));
     const BatchIndex *rows = batch;  // whose residual stream goes on
-    int num_layers = model->config.num_layers;
-    for (int layer = 0; layer < num_layers; layer++) {
+    for (int layer = 0, last = model->config.num_layers - 1; layer <= last; layer++) {
         const bf16 *q = a->q;
         TRY(query_key_value(model, layer, batch, taps));
-        if (layer == num_layers - 1 && batch->wanted && taps->num_taps == 0) {
+        if (layer == last && batch->wanted && taps->num_taps == 0) {
             rows = batch->wanted;
             if (rows->num_tokens == 0) return STATUS_OK;  // keys and values were all that was wanted
             TRY(keep_wanted_rows(model, batch, &q));

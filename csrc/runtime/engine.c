@@ -35,7 +35,10 @@ static Status allocate_activations(Engine *e) {
     size_t heads = tokens * c->num_heads * c->head_dim;
     size_t kv_heads = tokens * c->num_kv_heads * c->head_dim;
     size_t intermediate = tokens * c->intermediate_size;
-    size_t layer = intermediate + larger(2 * heads + 2 * kv_heads + hidden, intermediate);
+    // Before the MLP the wanted rows of q lie in act's place: where heads are wider than the MLP and tokens
+    // few, they would reach into q itself.
+    size_t gate = larger(intermediate, (size_t)MAX_WANTED * c->num_heads * c->head_dim);
+    size_t layer = gate + larger(2 * heads + 2 * kv_heads + hidden, intermediate);
     int64_t *account = &e->workspace_bytes;
     int rows = e->options.max_num_seqs > 16 ? e->options.max_num_seqs : 16;
     a->logits_rows = rows < e->options.max_num_tokens ? rows : e->options.max_num_tokens;
@@ -44,7 +47,7 @@ static Status allocate_activations(Engine *e) {
     TRY(allocate(e, &a->normed, hidden * sizeof(bf16), account));
     TRY(allocate(e, &a->gate, larger(layer * sizeof(bf16), logits_bytes), account));
     a->act = a->gate;
-    a->up = a->gate + intermediate;
+    a->up = a->gate + gate;
     a->q = a->up;
     a->attn = a->q + heads;
     a->k = a->attn + heads;

@@ -34,6 +34,9 @@ struct Engine {
 Status check_config(const EngineModelConfig *config);
 Status check_options(const EngineOptions *options);
 
+// The most wanted rows that are told as a batch of their own. The kernel that attends for them is meant for
+// few: beyond these the last layer's rows are all computed.
+enum { MAX_WANTED = 16 };
 enum { GREEDY_STEPS = 64 };  // steps of engine_decode between two looks at the host
 
 // Backend memory that lives as long as the engine, counted on `account` (engine.c).

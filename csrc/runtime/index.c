@@ -3,10 +3,6 @@
 #include <string.h>
 #include "engine_state.h"
 
-// The most wanted rows that are told as a batch of their own. The kernel that attends for them is meant for
-// few: beyond these the last layer's rows are all computed.
-enum { MAX_WANTED = 16 };
-
 size_t index_values(const EngineOptions *o) {
     size_t max_blocks = ((size_t)o->max_seq_len + o->block_size - 1) / o->block_size;
     size_t of_tokens = 4 * (size_t)o->max_num_tokens;

@@ -140,3 +140,33 @@ def test_the_last_layer_computes_no_other_rows(counting: Path, num_rows: int):
 
     last = num_rows if num_rows <= MOST_TOLD else 40
     assert counter.count_mlp_values() == ((layers - 1) * 40 + last) * size
+
+
+@pytest.fixture(scope="module")
+def watching(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("overlaps") / "liboverlaps.so"
+    build_wrapped_twin(path, "count_row_overlaps.c", ["twin_kernels"])
+    return path
+
+
+@pytest.mark.parametrize("name", ["toy", "toy-gqa3", "toy-gqa8"])
+@pytest.mark.parametrize("num_decoding", [0, 5, 14])
+def test_no_row_is_gathered_onto_one_that_is_still_read(
+    watching: Path, name: str, num_decoding: int
+):
+    lengths = [(0, 1)] * num_decoding + [(0, 2)]
+    room = EngineConfig(  # for this step and no larger one
+        "cpu",
+        num_blocks=40,
+        max_seq_len=64,
+        max_num_tokens=num_decoding + 2,
+        max_num_seqs=num_decoding + 1,
+        block_size=16,
+    )
+    batch, _ = step(lengths)
+    rows = [*range(num_decoding), num_decoding + 1]
+
+    with ModelRunner(resolve(name), room, Library(watching)) as runner:
+        runner.forward(wanting(batch, rows))
+
+    assert ctypes.CDLL(str(watching)).count_row_overlaps() == 0

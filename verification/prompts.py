@@ -98,7 +98,8 @@ def _spec(fields: object) -> PromptSpec:
     )
     if spec.num_tokens is not None and spec.num_tokens < 1:
         raise ValueError(f"num_tokens must be at least 1, got {spec.num_tokens}")
-    if spec.text == "" or spec.token_ids == () or (spec.repeat and "" in (spec.repeat[0],)):
+    is_empty_repeat = spec.repeat is not None and (spec.repeat[0] == "" or spec.repeat[1] < 1)
+    if spec.text == "" or spec.token_ids == () or is_empty_repeat:
         raise ValueError("a prompt needs at least one token")
     return spec
 

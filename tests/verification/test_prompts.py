@@ -11,6 +11,7 @@ from verification.prompts import (
     PromptSpec,
     default_selection,
     load_specs,
+    names_prompts,
     prompts_for,
     select,
     to_prompt,
@@ -97,6 +98,9 @@ def test_prompts_of_other_ids_have_another_hash():
         ({"id": "b", "why": "w"}, "exactly one of"),
         ({"id": "b", "why": "w", "text": "x", "token_ids": [1]}, "exactly one of"),
         ({"id": "b", "why": "w", "text": ""}, "at least one token"),
+        ({"id": "b", "why": "w", "token_ids": []}, "at least one token"),
+        ({"id": "b", "why": "w", "repeat": {"text": "", "times": 2}}, "at least one token"),
+        ({"id": "b", "why": "w", "repeat": {"text": "x", "times": 0}}, "at least one token"),
         ({"id": "b", "why": "w", "text": "x", "num_tokens": 0}, "num_tokens"),
         ({"id": "a", "why": "w", "text": "x"}, "used twice"),
     ],
@@ -131,3 +135,11 @@ def test_the_prompt_file_ends_in_one_newline_and_is_utf_8():
 def test_a_run_that_names_no_prompts_takes_all_but_of_a_toy_the_short_set():
     assert default_selection("smollm2-135m") == "all"
     assert default_selection("toy-gqa3") == "quick"
+
+
+@pytest.mark.parametrize(
+    ("selection", "names_them"),
+    [(None, False), ("all", False), ("quick", False), ("len-1", True), ("len-1,len-17", True)],
+)
+def test_a_set_of_prompts_names_none_of_them(selection: str | None, names_them: bool):
+    assert names_prompts(selection) is names_them

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from engine.config import ModelConfig
@@ -5,7 +7,15 @@ from engine.models import resolve
 from tests.verification import samples
 from verification.probes import probe_group
 from verification.prompts import load_specs
-from verification.report_text import ANY_PROMPT, count, merged, ratio, rerun_command
+from verification.report_text import (
+    ANY_PROMPT,
+    count,
+    largest,
+    merged,
+    ratio,
+    rerun_command,
+    summed,
+)
 
 
 def test_the_command_names_the_device_where_it_is_not_the_default():
@@ -89,3 +99,30 @@ def test_counts_are_short(value, shown: str):
 )
 def test_ratios_are_short(value, shown: str):
     assert ratio(value) == shown
+
+
+def test_a_nan_is_the_largest_of_any_numbers():
+    assert math.isnan(largest([1.0, math.nan, None]))
+    assert (largest([1.0, -2.0, None]), largest([None]), largest([])) == (-2.0, None, None)
+
+
+def test_what_was_not_counted_adds_nothing_and_alone_is_no_count():
+    assert (summed([2, None, 3]), summed([0, None]), summed([None]), summed([])) == (
+        5,
+        0,
+        None,
+        None,
+    )
+
+
+def test_a_tap_is_as_good_as_its_worst_phase():
+    rows = [
+        {"grade": "exact", "status": status, "values": 2, "differing": differing,
+         "max_ulp": None, "max_ratio": ratio, "max_z": None}
+        for status, differing, ratio in (("pass", None, 0.5), ("pass", 1, math.nan))
+    ]  # fmt: skip
+
+    found = merged(rows)
+
+    assert (found["values"], found["differing"], found["max_ulp"]) == (4, 1, None)
+    assert math.isnan(found["max_ratio"])

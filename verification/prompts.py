@@ -16,6 +16,7 @@ from itertools import chain, cycle, islice
 from pathlib import Path
 
 from engine.errors import InvalidArgument
+from engine.sources import toy
 
 PROMPTS_PATH = Path(__file__).resolve().parent.parent / "golden" / "prompts.jsonl"
 
@@ -199,8 +200,8 @@ def names_prompts(selection: str | None) -> bool:
 
 
 def default_selection(model_name: str) -> str:
-    """The prompts of a run or a record that names none: the short set for toys, else every one."""
-    return "quick" if model_name.startswith("toy") else "all"
+    """The prompts of a run or a record that names none: the short set for our toys, else all."""
+    return "quick" if model_name in toy.CONFIGS else "all"
 
 
 def _is_for(spec: PromptSpec, model_name: str) -> bool:

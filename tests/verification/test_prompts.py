@@ -135,6 +135,7 @@ def test_the_prompt_file_ends_in_one_newline_and_is_utf_8():
 def test_a_run_that_names_no_prompts_takes_all_but_of_a_toy_the_short_set():
     assert default_selection("smollm2-135m") == "all"
     assert default_selection("toy-gqa3") == "quick"
+    assert default_selection("toyota-1b") == "all"  # somebody's own
 
 
 @pytest.mark.parametrize(

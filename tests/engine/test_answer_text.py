@@ -100,6 +100,7 @@ def test_a_held_beginning_is_released_at_the_end():
 
     assert answer.finish() is None
     assert answer.released == "xa"
+    assert answer.finish() is None and answer.released == "xa"  # nothing twice
 
 
 def test_the_end_of_an_incomplete_character_may_complete_a_stop_string():

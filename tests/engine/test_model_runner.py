@@ -123,3 +123,11 @@ def test_a_closed_runner_refuses_steps(library: Library):
 
     with pytest.raises(InvalidArgument, match="closed"):
         runner.forward(build_batch([SequenceSlice([1], 0, [0])], 16))
+
+
+def test_who_leaves_the_block_leaves_a_closed_engine(library: Library):
+    with ModelRunner(resolve("toy"), ROOM, library) as runner:
+        pass
+
+    with pytest.raises(InvalidArgument, match="closed"):
+        runner.fill_blocks([0], 0)

@@ -170,7 +170,8 @@ def test_the_logits_of_some_rows_and_of_every_token_of_others():
 
 def test_a_sequence_that_leaves_takes_its_tokens_along_and_is_not_counted():
     running = RunningBatch(4, 16, B, VOCAB)
-    first, second = (Sequence(f"r{i}", [i, i], 8, is_watched=True) for i in range(2))
+    kinds = {"is_watched": True, "wants_prompt_logits": True, "is_sampled": True}
+    first, second = (Sequence(f"r{i}", [i, i], 8, **kinds) for i in range(2))
     for item in (first, second):
         item.block_table = [item.token_ids[0]]
         running.add(item, 0)
@@ -179,5 +180,6 @@ def test_a_sequence_that_leaves_takes_its_tokens_along_and_is_not_counted():
     running.remove(first)
 
     assert first.token_ids == [0, 0, 7] and first.row is None
-    assert (second.row, running.num_seqs, running.num_watched) == (0, 1, 1)
+    assert (second.row, running.num_seqs) == (0, 1)
+    assert (running.num_watched, running.num_prompt_readers, running.num_sampled) == (1, 1, 1)
     running.check_integrity()

@@ -88,3 +88,4 @@ def test_an_incomplete_character_at_the_end_is_not_lost():
 
     assert pieces == ["a", "", ""]
     assert stream.finish() == BYTE_LEVEL.decode(list(b"a\xf0\x9f"))[1:] != ""
+    assert stream.finish() == ""  # told once

@@ -208,12 +208,8 @@ class GoldenCheck:
         self.problems.append(f"prompt {prompt_id} {what}; see make golden")
         return False
 
-    def add_oracle(self, prompt_id: str, tap: str, layer: int, values: np.ndarray) -> None:
-        """Compares one tap of the live float32 oracle with its recorded fingerprint."""
-        self.add_fingerprint(prompt_id, tap, layer, fingerprint(values))
-
     def add_fingerprint(self, prompt_id: str, tap: str, layer: int, live: Fingerprint) -> None:
-        """The same for a fingerprint made before."""
+        """Compares one tap of the live float32 oracle with its recorded fingerprint."""
         recorded = self.golden.prompts[prompt_id].fingerprints[(tap, layer)]
         found = distance(live, recorded)
         self.num_oracle += 1
@@ -224,12 +220,8 @@ class GoldenCheck:
                 f"allowed {FINGERPRINT_TOLERANCE:.0e}"
             )
 
-    def add_engine(self, prompt_id: str, tap: str, layer: int, values: np.ndarray) -> None:
-        """Compares one tap of the engine's free-running prefill with its recorded hash."""
-        self.add_engine_hash(prompt_id, tap, layer, bit_hash(tap, values))
-
     def add_engine_hash(self, prompt_id: str, tap: str, layer: int, found: str) -> None:
-        """The same for a hash made before."""
+        """Compares one tap of the engine's free-running prefill with its recorded hash."""
         self.num_bits += 1
         if found != self.golden.prompts[prompt_id].bits[(tap, layer)]:
             self.bit_failures.append((self._order[(tap, layer)], self.num_bits, prompt_id))

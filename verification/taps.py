@@ -171,11 +171,6 @@ def all_keys(num_layers: int) -> Iterator[TapKey]:
     yield ("logits", 0)
 
 
-def num_taps_of(num_layers: int) -> int:
-    """Taps of a model."""
-    return len(POINTS) - len(LAYER_POINTS) + num_layers * len(LAYER_POINTS)
-
-
 def source_key(source: str, layer: int, num_layers: int, reader: str) -> TapKey:
     """The tap that a point reads.
 

@@ -111,7 +111,7 @@ def test_engine_and_oracle_still_give_what_was_recorded(name: str):
         assert check.same_prompt(prompt.id, prompt.sha256)
         trace = oracle.run(prompt.token_ids, [len(prompt.token_ids) - 1])
         for (tap, layer), values in trace.items():
-            check.add_oracle(prompt.id, tap, layer, values.numpy())
+            check.add_fingerprint(prompt.id, tap, layer, goldens.fingerprint(values.numpy()))
             check.add_engine_hash(prompt.id, tap, layer, hashes[prompt.id][(tap, layer)])
 
     verdict = check.verdict(lambda tap: operation_of(tap).name)
@@ -125,7 +125,8 @@ def test_a_yardstick_in_place_of_the_oracle_is_noticed():
 
     trace = Reference(resolve(name), torch.bfloat16).run(prompt.token_ids, [0])
     for (tap, layer), values in trace.items():
-        check.add_oracle(prompt.id, tap, layer, values.float().numpy())
+        found = goldens.fingerprint(values.float().numpy())
+        check.add_fingerprint(prompt.id, tap, layer, found)
 
     assert check.verdict().status == "fail"
     assert len(check.oracle_failures) == check.num_oracle - 1  # embed is a copy in any precision

@@ -50,8 +50,8 @@ def checked(directory: Path, oracle: dict, engine: dict) -> goldens.GoldenVerdic
     check = GoldenCheck(goldens.load(directory))
     assert check.same_prompt("a", "p")
     for tap, layer in TAPS:
-        check.add_oracle("a", tap, layer, oracle[(tap, layer)])
-        check.add_engine("a", tap, layer, engine[(tap, layer)])
+        check.add_fingerprint("a", tap, layer, goldens.fingerprint(oracle[(tap, layer)]))
+        check.add_engine_hash("a", tap, layer, goldens.bit_hash(tap, engine[(tap, layer)]))
     return check.verdict(operator_of=lambda tap: f"operator of {tap}")
 
 
@@ -141,7 +141,8 @@ def test_the_first_differing_tap_is_the_first_of_the_forward_pass_not_of_the_cal
 )
 def test_greedy_texts_part_only_at_a_tie(directory: Path, tokens, status: str, equal: int):
     check = GoldenCheck(goldens.load(directory))
-    check.add_engine("a", "q", 0, engine_bits(oracle_values(0))["q", 0])
+    bits = engine_bits(oracle_values(0))["q", 0]
+    check.add_engine_hash("a", "q", 0, goldens.bit_hash("q", bits))
     check.add_tokens("a", tokens)
 
     assert check.verdict().status == status

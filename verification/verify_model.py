@@ -65,10 +65,8 @@ def verify_model(
         goldens=goldens,
     ).to_json()
     results["model"]["asked_as"] = model  # a path or hub id says more than its name
-    results["prompts_not_run"] = [
-        {"prompt": p.id, "reason": f"{len(p.token_ids)} tokens, the model takes 1 to {limit}"}
-        for p in left_out
-    ]
+    reason = f"longer than the {limit} tokens that the model takes"
+    results["prompts_not_run"] = [{"prompt": p.id, "reason": reason} for p in left_out]
     return _with_gpu_record(results, _gpu_record(results, prompts, goldens))
 
 

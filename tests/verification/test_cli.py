@@ -254,7 +254,7 @@ def test_a_set_of_prompts_is_run_without_those_too_long_for_the_model(command, m
     _, text, asked = command(samples.passing_run())
 
     assert asked["prompts"] and "long-1100" not in asked["prompts"]
-    assert "1100 tokens, the model takes 1 to 496: prompt long-1100" in text
+    assert "longer than the 496 tokens that the model takes: prompt long-1100" in text
 
 
 def test_a_prompt_named_by_its_id_is_never_left_out(command, monkeypatch):

@@ -146,7 +146,7 @@ def test_text_from_a_prompt_cannot_steer_the_terminal():
 
 def test_a_prompt_that_was_not_run_is_named_with_its_reason_and_counted():
     run, before = samples.passing_run(), verdict_of(samples.passing_run())
-    reason = "1100 tokens, the model takes 1 to 496"
+    reason = "longer than the 496 tokens that the model takes"
     run["prompts_not_run"] = [{"prompt": "long-1100", "reason": reason}]
 
     line = next(line for line in printed(run).splitlines() if reason in line)

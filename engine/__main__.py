@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from engine.bench_command import add_bench_parser, run_bench
 from engine.errors import EngineError
 from engine.generate_command import RunnerFactory, add_generate_parser, run_generate
+from engine.standard_streams import open_closed_streams
 
 EXIT_ENGINE_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None, make_runner: RunnerFactory | No
     Returns:
         The exit code. Wrong use leaves through SystemExit(2), as argparse does.
     """
+    open_closed_streams()
     options = _parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters of the answer

@@ -12,6 +12,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from engine.standard_streams import open_closed_streams
 from verification.report_text import plain
 
 WIDTH = 100  # columns where there is no terminal; the table of verdicts fills exactly these
@@ -21,6 +22,7 @@ SECONDS_BETWEEN_LINES = 10.0  # without a terminal: one line of progress at most
 
 def standard_console() -> Console:
     """Standard output: as wide as its terminal, or WIDTH; what its encoding lacks in ASCII."""
+    open_closed_streams()
     codecs.register_error("touchstone-ascii", _in_ascii)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="touchstone-ascii")

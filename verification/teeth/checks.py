@@ -132,6 +132,19 @@ KERNEL_TESTS = {
 }
 
 
+# Sources whose warps share memory by barriers alone: racecheck is asked last of all, over the case
+# of this name. Bits may be right for ever without a barrier.
+RACES = "tests/verification/sanitizers/test_races.py"
+RACE = f"{RACES}::test_racecheck_finds_nothing_where_rounds_share_memory"
+RACED = {
+    "linear_few": "linear",
+    "attention_decode": "attention",
+    "rms_norm": "rows",
+    "argmax": "rows",
+    "sample": "sampling",
+    "score_tokens": "sampling",
+    "weight": "sampling",
+}
 # What a launcher does where CUDA refuses; asked last in the GPU's lane, over a made-up runtime.
 CUDA_FAULTS = "tests/runtime/test_cuda_faults.py"
 # What a kernel's arithmetic is held to without a device; asked first there.
@@ -159,11 +172,13 @@ def own_tests(file: str, root: Path) -> tuple[str, ...]:
 
 def for_generated(file: str, device: str, root: Path) -> tuple[Check, ...]:
     """Every check that a generated fault meets until one fails: its own tests, then all others."""
-    own = own_tests(file, root)
+    path, own = Path(file), own_tests(file, root)
     if device == GPU:
         on_host = [tests(HOST_TESTS[file])] if file in HOST_TESTS else []
         found = dict.fromkeys([*own, *gpu_tests(root)])
-        return (*on_host, *(tests(path, GPU) for path in found), tests(CUDA_FAULTS))
+        case = RACED.get(path.stem)
+        raced = [tests(f"{RACE}[{case}]", GPU)] if case else []
+        return (*on_host, *(tests(each, GPU) for each in found), tests(CUDA_FAULTS), *raced)
     of_c = file.startswith("csrc/")
     folders = ("twin", "model", "runtime", "system") if of_c else ("engine", "system")
     wide = [path for folder in folders for path in _test_files(f"tests/{folder}", root)]

@@ -34,9 +34,31 @@ with Ops(Library(), "cuda") as ops:
         Scene([(1029, 1), (2099, 1), (3, 1)], group_size, 16).run(ops)
 print("ran")
 """
+ROWS = """
+import numpy as np
+from engine.bindings import Library
+from engine.ops import Ops
+from tests.kernels.inputs import normal
+with Ops(Library(), "cuda") as ops:
+    ops.rms_norm(normal(1, 3, 2056), normal(2, 2056), 1e-5)
+    ops.argmax(np.random.default_rng(1).standard_normal((3, 5000), dtype=np.float32))
+print("ran")
+"""
+SAMPLING = """
+import numpy as np
+from engine.bindings import Library
+from engine.ops import Ops
+from tests.twin import sampling_contract as page
+with Ops(Library(), "cuda") as ops:
+    logits = np.random.default_rng(1).standard_normal((2, 3000), dtype=np.float32)
+    rows = page.rows(2, seed=[1, 2], top_k=[40, 0], top_p=[0.9, 0.5], num_logprobs=5)
+    ops.sample(logits, page.sampling(rows, max_logprobs=5))
+print("ran")
+"""
+CODES = {"linear": LINEAR, "attention": ATTENTION, "rows": ROWS, "sampling": SAMPLING}
 
 
-@pytest.mark.parametrize("code", [LINEAR, ATTENTION], ids=["linear", "attention"])
+@pytest.mark.parametrize("code", CODES.values(), ids=CODES)
 def test_racecheck_finds_nothing_where_rounds_share_memory(code: str):
     sanitizer = tool("compute-sanitizer")
     if sanitizer is None:

@@ -48,7 +48,9 @@ def test_elementwise_operations_stay_within_any_length(
     assert_same_bits(powers, twin.exp2(floats))
 
 
-@pytest.mark.parametrize(("num_tokens", "out_features"), [(1, 65), (3, 63), (9, 331), (65, 72)])
+@pytest.mark.parametrize(
+    ("num_tokens", "out_features"), [(1, 65), (3, 63), (9, 331), (65, 72), (33, 63), (129, 331)]
+)
 def test_linear_layers_stay_within_any_number_of_rows(
     guarded: Guarded, guarded_gpu: Ops, twin: Ops, num_tokens: int, out_features: int
 ):

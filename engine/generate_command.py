@@ -22,7 +22,7 @@ from engine.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 
-Progress = Callable[[str, int, int], None]  # what, done, total
+Progress = Callable[[str, int, int], None]  # what, done, total (0: not known)
 # Makes a runner for a model directory.
 RunnerFactory = Callable[[Path, EngineConfig, Progress], Any]
 

@@ -28,7 +28,7 @@ from engine.room import Room, make_room
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Message, Tokenizer
 
-# Told of long preparations: what, done, total.
+# Told of long preparations: what, done, total (0: not known).
 Report = Callable[[str, int, int], None]
 
 

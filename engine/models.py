@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.errors import CheckpointError
 from engine.sources import hub, shape, smollm2, toy
 
-# Called as work goes on with: what is being done, units done, units in all.
+# Called as work goes on with: what is being done, units done, units in all (0: not known).
 Progress = Callable[[str, int, int], None]
 
 

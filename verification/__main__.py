@@ -161,7 +161,10 @@ def _refused(words: str, console: Console) -> int:
 def run(parser: argparse.ArgumentParser, options: argparse.Namespace, console: Console) -> dict:
     """Verifies as the command line says; verify.json as a dict."""
     with ProgressReport(console) as progress:
-        directory = resolve(options.model, lambda what, done, total: progress(done, total, what))
+        directory = resolve(
+            options.model,
+            lambda what, done, total: progress(done >> 20, total >> 20, what),  # MB, not bytes
+        )
         config = ModelConfig.from_directory(directory)
         _check_layers(parser, options.layers, config.num_layers)
         name = name_of(options.model)

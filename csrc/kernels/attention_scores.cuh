@@ -5,6 +5,8 @@
 // value is near a tie: common/rounding.cuh.
 
 #pragma once
+#include <limits.h>
+
 #include "../common/rounding.cuh"
 #include "attention.cuh"
 
@@ -23,18 +25,54 @@ struct TileSums {
     float out[kOutputs];
 };
 
-// P of the keys of some fragments, from the first on, as the second product takes it.
+// A float's bits. An instruction of its own: where the compiler is free to choose, it reads the tensor
+// cores' results as integers while they are still being written, and has to wait for them there.
+static __device__ __forceinline__ int bits_of(float value) {
+    int bits;
+    asm("mov.b32 %0, %1;" : "=r"(bits) : "f"(value));
+    return bits;
+}
+
+// The largest score of each half's row, the same for a quad's lanes. As integers, of which one instruction
+// compares three: in their order a positive number is the larger of any two, so only rows without one, which
+// are rare, are compared again as numbers.
+static __device__ __forceinline__ void find_largest(float (&largest)[2], const float (&scores)[kScores]) {
+    int chains[4] = {INT_MIN, INT_MIN, INT_MIN, INT_MIN}, bits[2];  // two of each half, side by side
+#pragma unroll
+    for (int i = 0; i < kScores; i += 2) {
+        int &chain = chains[i / 2 % 4];
+        chain = __vimax3_s32(chain, bits_of(scores[i]), bits_of(scores[i + 1]));
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        bits[half] = max(chains[half], chains[half + 2]);
+        bits[half] = max(bits[half], __shfl_xor_sync(kFullWarp, bits[half], 1));
+        bits[half] = max(bits[half], __shfl_xor_sync(kFullWarp, bits[half], 2));
+        largest[half] = __int_as_float(bits[half]);
+    }
+    if (!__any_sync(kFullWarp, bits[0] < 0 || bits[1] < 0)) return;
+    largest[0] = largest[1] = -kInfinity;
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) largest[i % 4 / 2] = fmaxf(largest[i % 4 / 2], scores[i]);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) largest[half] = quad_max(largest[half]);
+}
+
+// P of the keys of some fragments, from the first on, as the second product takes it. Where a value of the
+// warp is near a tie, its pair is computed again.
 static __device__ __forceinline__ void exponentiate(uint32_t (&weights)[kKeySteps][4],
                                                     const float (&scores)[kScores], const float (&max)[2],
                                                     float scale, int first) {
+    auto exponent = [&](int f, int half, int column) {
+        return __fmaf_rn(scores[4 * f + 2 * half + column], scale, -max[half]);
+    };
     TieWatch<kExp2Over, kExp2Under> watch;
 #pragma unroll
     for (int f = first; f < first + kWatchedFragments; ++f) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const float *score = &scores[4 * f + 2 * half];
-            float low = approximate_exp2(__fmaf_rn(score[0], scale, -max[half]));
-            float high = approximate_exp2(__fmaf_rn(score[1], scale, -max[half]));
+            float low = approximate_exp2(exponent(f, half, 0)),
+                  high = approximate_exp2(exponent(f, half, 1));
             watch.see(low, high);
             weights[f / 2][f % 2 * 2 + half] = pack_bf16(low, high);
         }
@@ -44,10 +82,11 @@ static __device__ __forceinline__ void exponentiate(uint32_t (&weights)[kKeyStep
     for (int f = first; f < first + kWatchedFragments; ++f) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const float *score = &scores[4 * f + 2 * half];
-            float low = contract_exp2(__fmaf_rn(score[0], scale, -max[half]));
-            float high = contract_exp2(__fmaf_rn(score[1], scale, -max[half]));
-            weights[f / 2][f % 2 * 2 + half] = pack_bf16(low, high);
+            float low = exponent(f, half, 0), high = exponent(f, half, 1);
+            TieWatch<kExp2Over, kExp2Under> of_pair;
+            of_pair.see(approximate_exp2(low), approximate_exp2(high));
+            if (__any_sync(kFullWarp, of_pair.is_near_tie()))
+                weights[f / 2][f % 2 * 2 + half] = pack_bf16(contract_exp2(low), contract_exp2(high));
         }
     }
 }
@@ -65,12 +104,11 @@ static __device__ __forceinline__ void soften(uint32_t (&weights)[kKeySteps][4],
             if (key >= visible[i % 4 / 2]) scores[i] = -kInfinity;
         }
     }
-    float largest[2] = {-kInfinity, -kInfinity};
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) largest[i % 4 / 2] = fmaxf(largest[i % 4 / 2], scores[i]);
+    float largest[2];
+    find_largest(largest, scores);
     float sum[2] = {0.0f, 0.0f};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) tile.max[half] = __fmul_rn(quad_max(largest[half]), scale);
+    for (int half = 0; half < 2; ++half) tile.max[half] = __fmul_rn(largest[half], scale);
 #pragma unroll
     for (int f = 0; f < kKeyFragments; ++f) {
         if (f % kWatchedFragments == 0) exponentiate(weights, scores, tile.max, scale, f);

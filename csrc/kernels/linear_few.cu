@@ -12,6 +12,7 @@
 
 #include "linear.cuh"
 
+#include "../common/launch.cuh"
 #include "../common/numerics.h"
 #include "../common/ptx.cuh"
 #include "../common/tile.cuh"
@@ -86,7 +87,9 @@ static __global__ void __launch_bounds__(FewShape<kTokenFragments, kRowFragments
         }
         copy_async_commit();  // an empty group keeps the count
     };
-    for (int s = 0; s < kStages; ++s) fill(s);
+    let_next_kernel_start();
+    for (int s = 0; s < kStages; ++s) fill(s);  // weights change in no step
+    wait_for_previous_kernel();
 
     for (int round = 0; round < num_rounds; ++round) {
         float acc[kRowFragments][kTokenFragments][4] = {};
@@ -164,10 +167,8 @@ static Status launch(const LinearProblem &problem, cudaStream_t stream) {
     int num_chunks = (problem.cols + NUMERICS_CHUNK - 1) / NUMERICS_CHUNK;
     int num_warps = num_chunks < Shape::kWarps ? num_chunks : Shape::kWarps;
     int num_blocks = (problem.rows + Shape::kRows - 1) / Shape::kRows;
-    TRY(CUDA_STATUS(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         (int)Shape::shared_bytes(Shape::kWarps))));
-    kernel<<<num_blocks, num_warps * kWarp, Shape::shared_bytes(num_warps), stream>>>(problem);
-    return CUDA_STATUS(cudaGetLastError());
+    return launch_chained(kernel, dim3((unsigned)num_blocks), num_warps * kWarp,
+                          Shape::shared_bytes(num_warps), 1, stream, problem);
 }
 
 template <bool kIsFloat>

@@ -23,8 +23,9 @@ constexpr int kBandTiles = 16;  // token tiles taken together before the next: w
 constexpr int kRowChunks = kBlockRows / kChunkValues;
 constexpr int kStagingPitch = kBlockRows * (int)sizeof(bf16) + 16;
 constexpr int kStagingBytes = kConsumerWarps * kWarpTokens * kStagingPitch;
-constexpr int kStages = 5;
-constexpr int kSharedBytes = kStages * kStageBytes + kStagingBytes + kAlignment;
+constexpr int kStages = 6;  // as many as there is room for
+constexpr int kBarriersAt = kStages * kStageBytes + kStagingBytes;
+constexpr int kSharedBytes = kBarriersAt + (int)sizeof(RingBarriers<kStages>);
 
 // One warp's share of a tile: 16 tokens, and room to turn fragments into rows.
 struct WarpTile {
@@ -199,11 +200,10 @@ static __device__ __forceinline__ void consume(uint32_t ring, RingBarriers<kStag
 template <typename Operation>
 static __global__ void __launch_bounds__(kManyThreads, 1)
     linear_many_kernel(const __grid_constant__ ManyMaps maps, ManyTiles tiles, Operation operation) {
-    extern __shared__ unsigned char shared[];
-    __shared__ RingBarriers<kStages> barriers;
-    uint32_t base = shared_address(shared);
-    uint32_t ring = (base + kAlignment - 1) / kAlignment * kAlignment;
-    unsigned char *staging = shared + (ring - base) + kStages * kStageBytes;
+    extern __shared__ __align__(kAlignment) unsigned char shared[];
+    RingBarriers<kStages> &barriers = *reinterpret_cast<RingBarriers<kStages> *>(shared + kBarriersAt);
+    uint32_t ring = shared_address(shared);
+    unsigned char *staging = shared + kStages * kStageBytes;
     int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     if (threadIdx.x == 0) barriers.init();
     __syncthreads();  // the barriers are initialised before anyone arrives or waits

@@ -14,11 +14,11 @@ constexpr int kSplit = 2;
 constexpr int kHalfRows = kBlockRows / kSplit;
 constexpr int kHalfSums = kSums / kSplit;
 constexpr int kHalfUnits = kWarpTokens * kHalfRows / kChunkValues / kWarp;
-constexpr int kSplitStages = 4;
+constexpr int kSplitStages = 5;
 constexpr int kSlots = 2;  // turns on their way: one read, one written
 constexpr int kSlotBytes = kConsumers * kWarpgroup * kHalfSums * (int)sizeof(float);
 constexpr int kWarpSlotBytes = kWarp * kHalfSums * (int)sizeof(float);
-constexpr int kSplitSharedBytes = kSplitStages * kStageBytes + kSlots * kSlotBytes + kAlignment;
+constexpr int kSplitSharedBytes = kSplitStages * kStageBytes + kSlots * kSlotBytes;
 static_assert(kWarpTokens * (kHalfRows * (int)sizeof(bf16) + 16) <= kWarpSlotBytes,
               "what is staged takes a slot's place");
 
@@ -115,11 +115,9 @@ static __device__ __forceinline__ void consume_split(float (&sum)[kHalfSums], ui
 template <typename Operation>
 static __global__ void __launch_bounds__(kManyThreads, 1)
     linear_split_kernel(const __grid_constant__ ManyMaps maps, ManyTiles tiles, Operation operation) {
-    extern __shared__ unsigned char shared[];
+    extern __shared__ __align__(kAlignment) unsigned char shared[];
     __shared__ SplitBarriers barriers;
-    uint32_t base = shared_address(shared);
-    uint32_t ring = (base + kAlignment - 1) / kAlignment * kAlignment;
-    uint32_t slots = ring + kSplitStages * kStageBytes;
+    uint32_t ring = shared_address(shared), slots = ring + kSplitStages * kStageBytes;
     int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     int rank = blockIdx.x % kSplit, tile_index = blockIdx.x / kSplit;
     TilePlace place = tile_place(tiles, tile_index);
@@ -140,7 +138,7 @@ static __global__ void __launch_bounds__(kManyThreads, 1)
         wait_for_previous_kernel();
         int consumer_warp = warp - kWarpgroup / kWarp;
         // After the last turn this warp's slot is its own.
-        WarpTile tile = {shared + (slots - base) + consumer_warp * kWarpSlotBytes,
+        WarpTile tile = {shared + (slots - ring) + consumer_warp * kWarpSlotBytes,
                          kHalfRows,
                          place.token_tile * kBlockTokens + consumer_warp * kWarpTokens,
                          tiles.num_tokens,

@@ -8,7 +8,9 @@
 
 int prefill_applies(const Model *model, const BatchIndex *batch, const TapSet *taps) {
     const Kernels *k = model->kernels;
-    return taps->num_taps == 0 && k->fused_min_tokens && batch->num_tokens >= k->fused_min_tokens();
+    if (taps->num_taps > 0 || !k->fused_min_tokens) return 0;
+    int are_wanted_rows = !batch->slot_mapping;  // of a larger step: fewer launches, at memory speed
+    return are_wanted_rows || batch->num_tokens >= k->fused_min_tokens();
 }
 
 Status prefill_query_key_value(Model *model, int layer, const BatchIndex *batch) {

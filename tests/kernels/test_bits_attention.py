@@ -189,6 +189,24 @@ def test_keys_of_very_different_size_give_the_twins_bits(gpu: Ops, twin: Ops):
     assert_same_bits(scene.run(gpu), scene.run(twin))
 
 
+@pytest.mark.parametrize("share", [1.0, 0.99, 0.5])
+def test_rows_without_a_positive_score_give_the_twins_bits(gpu: Ops, twin: Ops, share: float):
+    scene = Scene([(0, 300), (1000, 150), (700, 1)], 4, 64)
+    scene.q &= np.uint16(0x7FFF)
+    scene.k |= np.uint16(0x8000)
+    some = np.random.default_rng(3).random(len(scene.q)) >= share  # whose scores are all positive
+    scene.q[some] |= np.uint16(0x8000)
+
+    assert_same_bits(scene.run(gpu), scene.run(twin))
+
+
+def test_rows_of_zero_scores_of_either_sign_give_the_twins_bits(gpu: Ops, twin: Ops):
+    scene = Scene([(0, 200)], 4, 64)
+    scene.q &= np.uint16(0x8000)
+
+    assert_same_bits(scene.run(gpu), scene.run(twin))
+
+
 def test_a_sequence_gets_the_same_bits_alone_as_beside_others(gpu: Ops):
     runs = [(777, 1), (0, 100), (3000, 1)]
     together = Scene(runs, 4, 16, seed=3)

@@ -101,8 +101,14 @@ def record_of(
     found: Mapping[str, Sequence[str]],
     seconds: float,
     num_left_out: int = 0,
+    places: Sequence[evidence.Place] = (),
 ) -> evidence.Evidence:
-    """Counts for the properties together, and each one's own."""
+    """Counts for the properties together, and each one's own.
+
+    Args:
+        found: fault -> the numbers of the properties that find it.
+        places: where the answers were found; this machine where none are given.
+    """
     rows = []
     for each in properties:
         mine = [fault for fault, numbers in found.items() if each.number in numbers]
@@ -140,6 +146,7 @@ def record_of(
             ),
         ),
         seconds,
+        places,
     )
 
 
@@ -182,7 +189,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seconds = sum(answer.seconds for result in results for answer in result.answers)
         found = found_by(properties, results)
         tried = [each for each in planted if each.id in found]
-        record = record_of(properties, tried, found, seconds, len(planted) - len(tried))
+        found_at = dict.fromkeys(answer.place for each in results for answer in each.answers)
+        places = [cache.get(place) for place in found_at if place]
+        left_out = len(planted) - len(tried)
+        record = record_of(properties, tried, found, seconds, left_out, places)
         print(evidence.write(record).relative_to(ROOT))
         PAGE.write_text(with_findings(text, record), encoding="utf-8")
     except (EngineError, OSError) as error:

@@ -44,18 +44,7 @@ with Ops(Library(), "cuda") as ops:
     ops.argmax(np.random.default_rng(1).standard_normal((3, 5000), dtype=np.float32))
 print("ran")
 """
-SAMPLING = """
-import numpy as np
-from engine.bindings import Library
-from engine.ops import Ops
-from tests.twin import sampling_contract as page
-with Ops(Library(), "cuda") as ops:
-    logits = np.random.default_rng(1).standard_normal((2, 3000), dtype=np.float32)
-    rows = page.rows(2, seed=[1, 2], top_k=[40, 0], top_p=[0.9, 0.5], num_logprobs=5)
-    ops.sample(logits, page.sampling(rows, max_logprobs=5))
-print("ran")
-"""
-CODES = {"linear": LINEAR, "attention": ATTENTION, "rows": ROWS, "sampling": SAMPLING}
+CODES = {"linear": LINEAR, "attention": ATTENTION, "rows": ROWS}
 
 
 @pytest.mark.parametrize("code", CODES.values(), ids=CODES)

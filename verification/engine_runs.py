@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import SequenceSlice, build_batch
+from engine.model_runner import StepOutput
 from verification.decode_run import decoded_prompt, run_decode
 from verification.oracle import Trace
 from verification.passes import ACCUMULATED, DECODE, LOCAL, PREFILL, Pass, Segment
@@ -132,6 +133,26 @@ class GroupRun:
             passes.append(decode)
             slots[DECODE] = tuple(slots_of(p.block_table, p.num_tokens, size) for p in decoded)
         return ModeRun(tuple(passes), next_ids, self._spoiled(), tuple(tables), slots)
+
+    def run_untapped(self, tables: Sequence[tuple[int, ...]]) -> tuple[StepOutput, StepOutput]:
+        """The prompts as they are served: without taps, so that the engine may fuse operations.
+
+        Args:
+            tables: of the prompts; their blocks are poisoned first, and left as these steps do.
+
+        Returns:
+            Prefill of all prompts in one step, and their last tokens once more, decoded; each with
+            every prompt's last row of logits.
+        """
+        self._runner.fill_blocks([block for table in tables for block in table], POISON)
+        prompts = list(zip(self._prompts, tables, strict=True))
+        whole = [SequenceSlice(p.token_ids, 0, table) for p, table in prompts]
+        last = [SequenceSlice(p.token_ids[-1:], p.num_tokens - 1, table) for p, table in prompts]
+        prefilled, decoded = (
+            self._runner.forward(build_batch(slices, self._block_size, "last"))
+            for slices in (whole, last)
+        )
+        return prefilled, decoded
 
     def read_kv(self, layer: int, slots: np.ndarray) -> Tensor:
         """K beside V of some slots, bfloat16 [num_slots, 2 * num_kv_heads * head_dim]."""

@@ -8,7 +8,6 @@ A trial is one engine on one prompt of one model; it is an alarm if any check of
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from verification.compare import FAIL
 from verification.engine_runs import group_prompt
 from verification.harness import verify
 from verification.interrupts import ends_in_one_line
+from verification.json_lines import append_line, read_lines
 from verification.localise import Findings
 from verification.mutants.build import workshop
 from verification.mutants.catalogue import CATALOGUE_PATH, load_catalogue
@@ -71,10 +71,8 @@ class Kept:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._path, self._clock = path, time.monotonic()
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        lines = read_lines(path)
         self.seconds = sum(line.pop("seconds") for line in lines)
         self.trials = [Trials(**line | {"prompts": tuple(line["prompts"])}) for line in lines]
 
@@ -87,8 +85,7 @@ class Kept:
         took, self._clock = time.monotonic() - self._clock, time.monotonic()
         self.trials.append(found)
         self.seconds += took
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(found) | {"seconds": took}) + "\n")
+        append_line(self._path, asdict(found) | {"seconds": took})
 
 
 def alarms_of(results: Results) -> dict[str, str]:

@@ -210,6 +210,8 @@ class _Verification:
         self._work.step("engine, running free")
         free = run.run(None)
         self.state.grade(run, free)
+        self._work.step("engine, without taps")
+        self.state.grade_untapped(run, free)
         passes = [*local.passes, *free.passes]
         self.operators.grade(passes, lambda layer: self._work.step(f"graded layer {layer}"))
         del local, passes
@@ -311,7 +313,7 @@ def _greedy(
 class _Progress:
     """Counts pieces of work."""
 
-    STEPS_PER_GROUP = 6
+    STEPS_PER_GROUP = 7
 
     def __init__(
         self, report: Progress | None, groups: Sequence[Sequence[GroupPrompt]], num_layers: int

@@ -16,6 +16,8 @@ from verification.taps import POINT, forward_index, hf_module_of, operation_of
 
 # Known inputs; the same operations on their own inputs; whole layers; logits; tokens.
 LEVELS = ("local", "accumulated", "layers", "logits", "tokens")
+WITHOUT_TAPS = "step without taps"  # an operator of its own: what runs where nobody looks
+STEP = ("model_forward", "csrc/model/forward.c")  # on every device
 RESIDUAL = "residual"  # in counts: whole layers' failures at the residual stream after a layer
 
 
@@ -83,6 +85,9 @@ class Findings:
     def describe(self, finding: Finding) -> Failure:
         """A finding with the places in both code bases and the value's coordinates."""
         element, operation = finding.element, operation_of(finding.tap)
+        c_function, file = operation.c_function(self.device), operation.file(self.device)
+        if finding.operator == WITHOUT_TAPS:
+            c_function, file = STEP
         head, channel = self._head_and_channel(finding)
         return Failure(
             operator=finding.operator or operation.name,
@@ -92,8 +97,8 @@ class Findings:
             phase=finding.phase,
             prompt=finding.prompt,
             hf_module=hf_module_of(finding.tap, finding.layer),
-            c_function=operation.c_function(self.device),
-            file=operation.file(self.device),
+            c_function=c_function,
+            file=file,
             token=finding.position,
             head=head,
             channel=channel,

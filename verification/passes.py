@@ -14,6 +14,7 @@ from verification.oracle import Trace
 
 LOCAL, ACCUMULATED = "local", "accumulated"
 PREFILL, DECODE = "prefill", "decode"
+UNTAPPED = "untapped"  # both once more as they are served: operations may be fused
 
 
 @dataclass(frozen=True)

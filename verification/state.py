@@ -3,23 +3,24 @@
 Knows what a cache slot must hold after a run; knows nothing of how batches were made.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
+from engine.model_runner import StepOutput
 from verification import compare, measure
 from verification.compare import Verdict
 from verification.diagnosis import caches, rotations
 from verification.diagnosis.fit import diagnose
 from verification.engine_runs import GroupRun, ModeRun
-from verification.localise import Finding, Findings
+from verification.localise import WITHOUT_TAPS, Finding, Findings
 from verification.measure import Element
 from verification.oracle import Reference
-from verification.passes import LOCAL, Pass, Segment
+from verification.passes import LOCAL, PREFILL, UNTAPPED, Pass, Segment
 from verification.replay import Replayed, rope_table
 from verification.results import Cell
 from verification.rounding import same_bits, ulp_distance
@@ -56,6 +57,56 @@ class StateGrader:
         if self.wants("argmax", 0):
             for each in mode.passes:
                 self._grade_argmax(each, mode.next_ids[each.phase])
+
+    def grade_untapped(self, run: GroupRun, free: ModeRun) -> None:
+        """The same prompts without taps: the bits of the tapped, free run, cached and as logits.
+
+        What runs fused is held to the operations that it fuses, which the taps have graded.
+        """
+        layers = [
+            layer for layer in range(self.config.num_layers) if self.wants("write_kv_cache", layer)
+        ]
+        if not layers and not self.wants("logits", 0):
+            return
+        steps = run.run_untapped(free.tables)
+        each = replace(free.passes[0], phase=UNTAPPED)
+        mode = replace(free, kv_slots={UNTAPPED: free.kv_slots[PREFILL]})
+        for layer in layers:
+            self._grade_cache(run, mode, each, layer)
+        if self.wants("logits", 0):
+            self._grade_untapped_logits(each, steps)
+
+    def _grade_untapped_logits(self, each: Pass, steps: Sequence[StepOutput]) -> None:
+        last = [segment.logit_rows.stop - 1 for segment in each.segments]
+        known = each.outputs["logits", 0][last]  # [prompts, vocab_size]
+        best = known.numpy().argmax(-1)
+        for index, segment in enumerate(each.segments):
+            row, differing, element = slice(index, index + 1), 0, None
+            for step in steps:
+                got = torch.from_numpy(step.logits)
+                wrong = int((~same_bits(got[row], known[row])).sum())
+                if wrong and element is None:
+                    element = measure.worst_replayed(known, got, row)
+                differing += wrong + int(step.next_ids[index] != best[index])
+            values = len(steps) * known.shape[1]
+            verdict = compare.judge_bits(differing, values, "the same step with taps")
+            self._add_cell(each, segment, 0, "logits", verdict, differing, values)
+            if not verdict.passed:
+                position = segment.first_position + segment.num_rows - 1
+                self.findings.add(
+                    Finding(
+                        each.mode,
+                        each.phase,
+                        segment.prompt,
+                        0,
+                        "logits",
+                        "bits",
+                        verdict,
+                        element,
+                        position,
+                        operator=WITHOUT_TAPS,
+                    )
+                )
 
     def _grade_cache(self, run: GroupRun, mode: ModeRun, each: Pass, layer: int) -> None:
         for index, segment in enumerate(each.segments):

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from verification.compare import FAIL, NOT_RUN, PASS
 from verification.localise import Findings
-from verification.passes import ACCUMULATED, LOCAL
+from verification.passes import ACCUMULATED, DECODE, LOCAL, PREFILL, UNTAPPED
 from verification.results import Cell, SummaryRow
 from verification.taps import POINT, RESULT_ORDER, operation_of
 
-_PHASES = ("prefill", "decode", "both")
+_PHASES = (PREFILL, DECODE, UNTAPPED, "both")
 
 
 def summarise(

@@ -100,7 +100,7 @@ class MissesTheFirstKey(FakeEngine):
 
 class MissesTheNewestKeyInDecode(FakeEngine):
     def num_keys(self, position):
-        return position if self.is_decode else position + 1
+        return max(position, 1) if self.is_decode else position + 1
 
 
 class OneSlotTooMany(FakeEngine):

@@ -71,7 +71,8 @@ Status launch_batch_gate_up(const BatchStep &step, const DecodeLayer &layer, cud
 Status launch_batch_down(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream);
 Status launch_batch_head(const BatchStep &step, cudaStream_t stream);
 int batch_vocabulary_tiles(int vocab_size);
-// Gate, up and the head of more than 64 sequences (decode_batch_many.cu).
+// Of more than 64 sequences (decode_batch_split.cu, decode_batch_many.cu).
+Status launch_batch_qkv_many(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream);
 Status launch_batch_gate_up_many(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream);
 Status launch_batch_head_many(const BatchStep &step, cudaStream_t stream);
 Status launch_batch_output(const BatchStep &step, const BatchIndex &batch, bool advance,

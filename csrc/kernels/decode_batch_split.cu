@@ -1,5 +1,6 @@
-// decode_batch_split.cu -- the linear layers of a decode batch that have few rows: q, k and v with RoPE and
-// the cache write, and O and down with the residual addition. Several thread blocks share out K.
+// decode_batch_split.cu -- the linear layers of a decode batch that have few rows: O and down with the residual
+// addition, and of more than 64 sequences q, k and v with RoPE and the cache write. Where tiles are few,
+// several thread blocks share out K.
 //
 //   y[t, n] = sum over chunks of 512 k's, ascending, of the chunk's chain of k16 steps
 //
@@ -12,96 +13,30 @@
 // See       decode_batch_exchange.cuh, twin/linear.c, tests/kernels/test_bits_decode_batch.py
 
 #include "decode_batch_exchange.cuh"
+#include "decode_batch_pair.cuh"
 
 constexpr int kStagesAhead = 2;  // of weights, asked for before the kernel before this one has ended
-
-enum SplitOutput { kQkvOutput, kResidualOutput };
+// Chunks of a layer of which no block shares a tile of 32 tokens: with more, bringing the weights to every
+// such tile takes longer than sharing (down at 128 tokens 30.5 us for 18.2: docs/log.md).
+constexpr int kMostUnshared = 4;
 
 struct SplitArguments {
-    CUtensorMap tokens;           // the rows of x
-    CUtensorMap weights[3];       // q, k, v; or one
-    int first_rows, second_rows;  // of the first two matrices, in groups of 64
-    int num_groups;               // of all
+    CUtensorMap tokens;      // the rows of x
+    CUtensorMap weights[3];  // q, k, v; or one
+    int num_groups;          // of all
     int k_tiles, num_chunks;
     int num_stages;
     int token_tiles;
-    float4 *sums;        // of all tiles' chunks: decode_batch_exchange.cuh
-    unsigned *arrivals;  // [tiles], zero between uses
-    const BatchHeader *header;
-    SplitOutput output;
-    bf16 *out;  // q, or the residual
-    int out_columns;
-    KvLayer cache;  // from here for q, k and v alone
-    const bf16 *rope_table;
+    bool may_look_ahead;  // what a pair needs is there before the kernel before this one has ended
+    float4 *sums;         // of all tiles' chunks: decode_batch_exchange.cuh
+    unsigned *arrivals;   // [tiles], zero between uses
+    PairArguments pairs;
 };
 
-// What a thread writes: eight columns of a token's 64 and those 32 columns on; and what it needs for them,
-// asked for before the products: nobody waits for it after them.
-struct Pair {
-    bf16 *low, *high;     // null: nothing
-    uint4 first, second;  // of the residual, or cosines and sines
-};
-
-static __device__ __forceinline__ Pair residual_pair(const SplitArguments &args, int group, int token,
-                                                     int chunk) {
-    bf16 *low = args.out + (size_t)token * args.out_columns + group * kGroupRows + chunk * kVector;
-    bf16 *high = low + kGroupRows / 2;
-    return {low, high, load_vector(low), load_vector(high)};
-}
-
-// Of a head: in q, or in the cache.
-static __device__ __forceinline__ Pair head_pair(const SplitArguments &args, int group, int token,
-                                                 int chunk) {
-    constexpr int kHalf = kTileCols / 2;
-    int position = args.header->lengths[token] - 1;
-    const bf16 *row = args.rope_table + (size_t)position * kTileCols + chunk * kVector;
-    Pair pair = {nullptr, nullptr, load_vector(row), load_vector(row + kHalf)};
-    if (group < args.first_rows) {
-        pair.low = args.out + (size_t)token * args.out_columns + group * kTileCols + chunk * kVector;
-        pair.high = pair.low + kHalf;
-        return pair;
-    }
-    int kv_head = (group - args.first_rows) % args.cache.num_kv_heads;
-    int block_size = args.cache.block_size, index = position / block_size;
-    int offset = position - index * block_size;
-    int block = args.header->block_tables[(size_t)token * args.header->max_blocks_per_seq + index];
-    bf16 *tile = args.cache.data + kv_tile_offset(block, kv_head, args.cache.num_kv_heads, block_size);
-    if (group >= args.first_rows + args.second_rows) tile += (size_t)block_size * kTileCols;
-    pair.low = tile + tile_offset(offset, chunk);
-    pair.high = tile + tile_offset(offset, chunk + kHalf / kVector);
-    return pair;
-}
-
-// The pair from what is staged of it.
-static __device__ __forceinline__ void write_pair(const SplitArguments &args, int group, const Pair &pair,
-                                                  const bf16 *staged) {
-    uint4 low = load_vector(staged), high = load_vector(staged + kGroupRows / 2);
-    float a[kVector], b[kVector], x[kVector], y[kVector];
-    unpack(a, low), unpack(b, high);
-    unpack(x, pair.first), unpack(y, pair.second);
-    if (args.output == kResidualOutput) {
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) x[j] = __fadd_rn(x[j], a[j]), y[j] = __fadd_rn(y[j], b[j]);
-        low = pack(x), high = pack(y);
-    } else if (group < args.first_rows + args.second_rows) {  // a query or a key: rotated
-        float rotated[2][kVector];
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) {
-            rotated[0][j] = __fsub_rn(bf16_product(a[j], x[j]), bf16_product(b[j], y[j]));
-            rotated[1][j] = __fadd_rn(bf16_product(b[j], x[j]), bf16_product(a[j], y[j]));
-        }
-        low = pack(rotated[0]), high = pack(rotated[1]);
-    }
-    store_vector(pair.low, low);
-    store_vector(pair.high, high);
-}
-
-// Of the three matrices, side by side, the one that holds a group.
 static __device__ __forceinline__ GroupPlace group_place(const SplitArguments &args, int group) {
-    int second = group - args.first_rows, third = second - args.second_rows;
-    int matrix = third >= 0 ? 2 : second >= 0 ? 1 : 0;
-    int own_group = third >= 0 ? third : second >= 0 ? second : group;
-    return {&args.weights[matrix], own_group * kGroupStrips};
+    if (args.pairs.output == kResidualOutput) return {&args.weights[0], group * kGroupStrips};
+    HeadPlace place = args.pairs.head_place(group);
+    return {&args.weights[place.matrix], place.head * kGroupStrips};
 }
 
 template <typename Shape>
@@ -116,6 +51,7 @@ static __device__ __forceinline__ void produce(const SplitArguments &args, const
         return tiles_of_stage<Stage>(i, args.k_tiles, exchange.rank, Shape::kRanks);
     };
     for (int i = 0; i < ahead; ++i) copy_weights<Stage>(ring, i, tiles_of(i), policy, place_of);
+    prefetch_map(&args.tokens);
     wait_for_previous_kernel();
     for (int i = 0; i < ahead; ++i) copy_tokens<Stage>(ring, i, &args.tokens, token_tile, tiles_of(i));
     RingPlace place = {ahead % ring.num_stages, ahead == ring.num_stages};
@@ -142,14 +78,16 @@ struct GroupWriter {
     __device__ __forceinline__ GroupWriter(const SplitArguments &args, int row_group, int first_token,
                                            int thread)
         : group(row_group), member(thread) {
-        int num_seqs = args.header->num_seqs;
+        int num_seqs = args.pairs.header->num_seqs;
 #pragma unroll
         for (int i = 0; i < kOwnPairs; ++i) {
             int index = i * kWarpgroup + member, token = first_token + own_token(index);
             pairs[i].low = nullptr;
             if (index >= kPairs || token >= num_seqs || group >= args.num_groups) continue;
-            pairs[i] = args.output == kResidualOutput ? residual_pair(args, group, token, own_chunk(index))
-                                                      : head_pair(args, group, token, own_chunk(index));
+            int chunk = own_chunk(index), column = group * kGroupRows + chunk * kVector;
+            pairs[i] = args.pairs.output == kResidualOutput
+                           ? residual_pair(args.pairs, token, column, column + kGroupRows / 2)
+                           : head_pair(args.pairs, token, group, chunk);
         }
     }
     static __device__ __forceinline__ int own_token(int index) { return index / (kChunksPerRow / 2); }
@@ -174,8 +112,8 @@ struct GroupWriter {
         for (int i = 0; i < kOwnPairs; ++i) {
             int index = i * kWarpgroup + member;
             if (pairs[i].low == nullptr) continue;
-            write_pair(args, group, pairs[i],
-                       staging + own_token(index) * kStagedColumns + own_chunk(index) * kVector);
+            const bf16 *from = staging + own_token(index) * kStagedColumns + own_chunk(index) * kVector;
+            write_pair(args.pairs, group, pairs[i], load_vector(from), load_vector(from + kGroupRows / 2));
         }
     }
 };
@@ -198,13 +136,14 @@ static __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
         if (thread == Shape::kConsumers) produce<Shape>(args, ring, exchange, row_tile, token_tile);
     } else {
         if constexpr (Shape::kGroups == 2) take_registers<kConsumerRegisters>();
-        wait_for_previous_kernel();
-        // Not before: the attention that follows reads the cache and the header without waiting.
-        let_next_kernel_start();
+        if (!args.may_look_ahead) wait_for_previous_kernel();
         int group = thread / kWarpgroup;
         int first_token = token_tile * Shape::kTokens + exchange.rank * Shape::kFragments * 8;
         GroupWriter<Shape> writer(args, row_tile * Shape::kGroups + group, first_token,
                                   thread % kWarpgroup);
+        wait_for_previous_kernel();
+        // Not before: kernels that follow read the header, the cache and the residual without waiting.
+        let_next_kernel_start();
         float sums[Shape::kFragments][4];
         consume<Shape>(sums, args.k_tiles, ring, exchange, thread);
         unsigned char *staging = raw + (base - start) + args.num_stages * Shape::Stage::kBytes;
@@ -226,20 +165,25 @@ static Status launch_shape(const BatchStep &step, SplitArguments args, const bf1
                           Shape::kThreads, bytes, 1, stream, args);
 }
 
-// The most blocks a tile for which every block has a place and a chunk; two where that cannot be. One, for
-// many tokens, where tiles of 64 rows occupy more than half the multiprocessors.
+// A block for each tile of 64 rows, which shares it with nobody.
 template <int kTokens>
-static Status launch_of(const BatchStep &step, const SplitArguments &args, const bf16 *x,
-                        const Matrix *const (&weights)[3], cudaStream_t stream) {
+static Status launch_unshared(const BatchStep &step, SplitArguments args, const bf16 *x,
+                              const Matrix *const (&weights)[3], cudaStream_t stream) {
+    args.token_tiles = step.bucket / kTokens;
+    return launch_shape<SplitShape<kTokens, 1>>(step, args, x, weights, args.num_groups * args.token_tiles,
+                                                stream);
+}
+
+// The most blocks a tile for which every block has a place and a chunk; two where that cannot be.
+template <int kTokens>
+static Status launch_shared(const BatchStep &step, const SplitArguments &args, const bf16 *x,
+                            const Matrix *const (&weights)[3], cudaStream_t stream) {
     using Four = SplitShape<kTokens, 4>;
-    int narrow_tiles = args.num_groups * args.token_tiles;
     int tiles = (args.num_groups + Four::kGroups - 1) / Four::kGroups * args.token_tiles;
     auto fits = [&](int ranks) {
         return tiles * ranks <= step.num_multiprocessors * Four::kResident && ranks <= args.num_chunks;
     };
     if constexpr (kTokens == kMostTokens) {
-        if (2 * narrow_tiles > step.num_multiprocessors)
-            return launch_shape<SplitShape<kTokens, 1>>(step, args, x, weights, narrow_tiles, stream);
         if (fits(8)) return launch_shape<SplitShape<kTokens, 8>>(step, args, x, weights, tiles, stream);
     }
     if (fits(4)) return launch_shape<Four>(step, args, x, weights, tiles, stream);
@@ -248,46 +192,53 @@ static Status launch_of(const BatchStep &step, const SplitArguments &args, const
 
 static Status launch_split(const BatchStep &step, SplitArguments args, const bf16 *x,
                            const Matrix *const (&weights)[3], cudaStream_t stream) {
-    args.header = step.buffers.header;
     args.k_tiles = num_tiles(weights[0]->cols);
     args.num_chunks = (args.k_tiles + kTilesPerChunk - 1) / kTilesPerChunk;
     args.token_tiles = batch_token_tiles(step);
     args.sums = step.buffers.sums;
     args.arrivals = step.buffers.arrivals;
-    if (step.tile_tokens == 32) return launch_of<32>(step, args, x, weights, stream);
-    if (step.tile_tokens == 64) return launch_of<64>(step, args, x, weights, stream);
-    return launch_of<kMostTokens>(step, args, x, weights, stream);
+    // Whether blocks of so many tokens each occupy more than half the multiprocessors; and whether each has
+    // one.
+    auto occupy = [&](int tokens) {
+        return tokens <= step.bucket &&
+               2 * args.num_groups * (step.bucket / tokens) > step.num_multiprocessors;
+    };
+    auto have_room = [&](int tokens) {
+        return args.num_groups * (step.bucket / tokens) <= step.num_multiprocessors;
+    };
+    if (args.num_chunks <= kMostUnshared && occupy(32) && have_room(32))
+        return launch_unshared<32>(step, args, x, weights, stream);
+    if (occupy(64) && have_room(64)) return launch_unshared<64>(step, args, x, weights, stream);
+    if (occupy(kMostTokens)) return launch_unshared<kMostTokens>(step, args, x, weights, stream);
+    if (step.tile_tokens == 32) return launch_shared<32>(step, args, x, weights, stream);
+    if (step.tile_tokens == 64) return launch_shared<64>(step, args, x, weights, stream);
+    return launch_shared<kMostTokens>(step, args, x, weights, stream);
 }
 
-Status launch_batch_qkv(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream) {
+Status launch_batch_qkv_many(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream) {
     SplitArguments args = {};
-    args.first_rows = step.problem.num_heads;
-    args.second_rows = step.problem.num_kv_heads;
     args.num_groups = step.problem.num_heads + 2 * step.problem.num_kv_heads;
-    args.output = kQkvOutput;
-    args.out = step.buffers.q;
-    args.out_columns = layer.q_proj.rows;
-    args.cache = layer.cache;
-    args.rope_table = step.problem.rope_table;
+    args.pairs = qkv_pairs(step, layer);
+    args.may_look_ahead = may_qkv_look_ahead(step, layer);
     return launch_split(step, args, step.buffers.normed, {&layer.q_proj, &layer.k_proj, &layer.v_proj},
                         stream);
 }
 
 static Status launch_residual(const BatchStep &step, const Matrix &weight, const bf16 *x,
-                              cudaStream_t stream) {
+                              bool may_look_ahead, cudaStream_t stream) {
     SplitArguments args = {};
     args.num_groups = num_tiles(weight.rows);
-    args.first_rows = args.num_groups + 1;  // a tile's second group may lie beyond the last
-    args.output = kResidualOutput;
-    args.out = step.buffers.residual;
-    args.out_columns = weight.rows;
+    args.pairs = residual_pairs(step, weight);
+    args.may_look_ahead = may_look_ahead;
     return launch_split(step, args, x, {&weight, nullptr, nullptr}, stream);
 }
 
 Status launch_batch_o(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream) {
-    return launch_residual(step, layer.o_proj, step.buffers.attn, stream);
+    // The residual is there before the attention has ended, which started when q, k and v had waited: nobody
+    // has written it since.
+    return launch_residual(step, layer.o_proj, step.buffers.attn, true, stream);
 }
 
 Status launch_batch_down(const BatchStep &step, const DecodeLayer &layer, cudaStream_t stream) {
-    return launch_residual(step, layer.down_proj, step.buffers.act, stream);
+    return launch_residual(step, layer.down_proj, step.buffers.act, false, stream);
 }

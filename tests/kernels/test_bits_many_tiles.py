@@ -2,8 +2,8 @@
 
 The toys' layers have fewer tiles than the card has multiprocessors: each block computes one and
 leaves. Here gate, up and the LM head have several for each, and down has 32 chunks, one short; or
-q, k and v together have more than half as many. And a vocabulary that ends inside a tile, where no
-row beyond it may win the arg-max.
+q, k and v together, or O and down, have more than half as many. And a vocabulary that ends inside a
+tile, where no row beyond it may win the arg-max.
 """
 
 from collections.abc import Iterator
@@ -29,6 +29,8 @@ pytestmark = pytest.mark.gpu
 SHAPES = {
     "many-tiles": {"intermediate_size": 16_320, "vocab_size": 40_000},
     "many-heads": {"num_heads": 32, "num_kv_heads": 8},  # two tiles of tokens: 96 of q, k and v
+    # 68 tiles of 64 rows by 32 tokens of 128, by 64 of 256: no block shares one of O's or down's.
+    "many-rows": {"hidden_size": 1088},
 }
 NUM_SEQS = (1, 8, 9, 33, 70, 130)  # one launch for all of a step; each bucket of many sequences
 PROMPT = 150

@@ -63,6 +63,21 @@ def test_tokens_steps_and_times_of_one_batch(ticking: Ticking):
     assert found["host_us_per_step"] == pytest.approx(0.0, abs=1e-6)
 
 
+def test_a_step_that_prefills_is_no_decode_step(ticking: Ticking):
+    def before(batch) -> None:
+        ticking.now += TICK * len(batch.input_ids)
+
+    model = PagedTokenModel(ROOM.num_blocks, 16, 200, before)
+
+    found = serve(
+        LLMEngine(model, CONFIGS["toy"], ROOM), Workload(1, (10, 10), (3, 3)).requests(200)
+    )
+
+    assert found["decode_step_ms"]["p50"] == pytest.approx(1000 * TICK)
+    assert found["decode_step_ms"]["p99"] == pytest.approx(1000 * TICK)
+    assert found["ttft_ms"]["p50"] == pytest.approx(10_000 * TICK)
+
+
 def test_a_chunk_without_a_token_counts_for_nobody(ticking: Ticking):
     found = serve(make(ticking), Workload(1, (100, 100), (2, 2)).requests(200))
 

@@ -206,6 +206,15 @@ def test_a_template_that_cannot_be_used_is_refused_when_loaded(template):
         tokenizer_with(template)
 
 
+@pytest.mark.parametrize(("eos", "shown"), [("<|end_of_text|>", "<|end_of_text|>"), (None, "")])
+def test_a_template_is_told_the_end_token_or_nothing(eos: str | None, shown: str):
+    template = "{{ messages[0]['content'] }}{{ eos_token }}!"
+
+    tokenizer = Tokenizer(byte_tokenizer(320), None, eos, template)
+
+    assert tokenizer.render_chat(user("a")) == f"a{shown}!"
+
+
 def test_a_model_without_template_refuses_chat():
     tokenizer = tokenizer_with(None)
 

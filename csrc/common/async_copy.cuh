@@ -129,7 +129,23 @@ __device__ __forceinline__ uint32_t map_shared(uint32_t address, int rank) {
     return mapped;
 }
 
-// st.async (PTX ISA 9.7.9.12): 16 bytes into another block's shared memory, counted on its barrier there.
+// mbarrier.arrive on a barrier of another block of the cluster, given its mapped address.
+__device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// st.async (PTX ISA 9.7.9.12): bytes into another block's shared memory, counted on its barrier there.
+__device__ __forceinline__ void store_async_4(uint32_t to, float value, uint32_t barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to),
+                 "f"(value), "r"(barrier)
+                 : "memory");
+}
+__device__ __forceinline__ void store_async_8(uint32_t to, float2 values, uint32_t barrier) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to),
+        "f"(values.x), "f"(values.y), "r"(barrier)
+        : "memory");
+}
 __device__ __forceinline__ void store_async_16(uint32_t to, const float *values, uint32_t barrier) {
     asm volatile(
         "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "

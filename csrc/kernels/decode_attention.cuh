@@ -8,9 +8,7 @@
 // ring's last piece.
 
 #pragma once
-#include "decode_step.cuh"
-
-constexpr int kFoldColumns = 2;  // a thread folds, of a segment
+#include "decode_fold.cuh"
 
 // Pair `pair` of one head through RoPE, docs/numerics.md section 6.
 __device__ __forceinline__ void rotate_pair(bf16 *out, const bf16 *x, const bf16 *table_row, int pair) {
@@ -40,8 +38,9 @@ static __device__ __forceinline__ void load_task(AttentionShared &own, const Ste
         store_vector(own.value + for_value * kVector,
                      load_fresh_vector(problem.v + kv + for_value * kVector));
     consumer_barrier();  // query, key and value visible to every warp
-    bool is_last_run = task.first_tile + task.num_tiles > task.position / NUMERICS_TILE;
-    if (is_last_run && for_value >= 0 && for_value < 2 * kChunksPerRow) {
+    int own_tiles = task.own_tiles;
+    bool has_new = own_tiles > 0 && task.tile_of(own_tiles - 1) == task.position / NUMERICS_TILE;
+    if (has_new && for_value >= 0 && for_value < 2 * kChunksPerRow) {
         const int32_t *block_table = args.block_tables + (size_t)task.sequence * args.max_blocks_per_seq;
         int index = task.position / cache.block_size, offset = task.position - index * cache.block_size;
         int chunk = for_value % kChunksPerRow, is_value = for_value / kChunksPerRow;
@@ -73,14 +72,28 @@ __device__ __forceinline__ void tile_barrier(int place) {
     named_barrier_sync<kTileWarps * kWarp>(kTileWarpsMeet + place);
 }
 
+// Two values of a tile's result to the block that folds it, once it has folded the task before.
+template <typename Shared>
+static __device__ __forceinline__ void give_tile(Shared &shared, const AttentionTask &task, float *to,
+                                                 float2 pair, int num_attended) {
+    if (Shared::kCluster == 1 || task.rank == 0) {
+        *reinterpret_cast<float2 *>(to) = pair;
+    } else {
+        if (num_attended > 0) barrier_wait(shared_address(&shared.tiles_folded), (num_attended & 1) ^ 1);
+        store_async_8(map_shared(shared_address(to), 0), pair,
+                      map_shared(shared_address(&shared.tiles_here), 0));
+    }
+}
+
 // One tile by kTileWarps warps, at `place` among those at work; rows are the heads of the group. Its pieces
 // are numbers `piece`, ...: K, then V.
 template <typename Shared>
 static __device__ __forceinline__ void attend_tile(Shared &shared, const AttentionTask &task, int tile,
                                                    int place, int piece, int group_size, float scale,
-                                                   float (*partial)[kPartialColumns]) {
+                                                   int num_attended) {
     constexpr int kWarpSteps = kKeySteps / kTileWarps;  // a warp's share of the scores
     AttentionShared &own = shared.attention;
+    float (*partial)[kPartialColumns] = own.tiles[tile - task.first_tile];
     int lane = own_thread() % kWarp, g = lane / 4, q = lane % 4;
     int share = own_thread() / kWarp - place * kTileWarps, first_step = share * kWarpSteps;
     int num_keys = task.num_keys(tile), halves = task.halves(tile);
@@ -110,16 +123,11 @@ static __device__ __forceinline__ void attend_tile(Shared &shared, const Attenti
                         (new_row / NUMERICS_STEP + 1) * NUMERICS_STEP);
             fence_async_proxy();  // these writes come before the copies that fill the pieces again
         }
+        score_keys(scores, query, rows + first_step % kStepsPerHalf * kStepBytes);
 #pragma unroll
-        for (int s = 0; s < kWarpSteps; ++s) {
-            float low[2], high[2];
-            if (first_step + s >= num_steps) break;
-            score_keys(low, high, query, rows + (first_step + s) % kStepsPerHalf * kStepBytes);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                int key = (first_step + s) * NUMERICS_STEP + i / 2 * 8 + 2 * q + i % 2;
-                if (key < num_keys) scores[s][i] = (i < 2 ? low : high)[i % 2];
-            }
+        for (int i = 0; i < 4 * kWarpSteps; ++i) {
+            int key = (first_step + i / 4) * NUMERICS_STEP + i % 4 / 2 * 8 + 2 * q + i % 2;
+            if (key >= num_keys) scores[i / 4][i % 4] = __int_as_float(0xff800000);
         }
     }
     float largest = __int_as_float(0xff800000);
@@ -147,210 +155,75 @@ static __device__ __forceinline__ void attend_tile(Shared &shared, const Attenti
 
     float out[2][4] = {};  // columns 16 share and 16 share + 8
     float sum = 0.0f;
-    uint32_t rows = 0;
-#pragma unroll 2
-    for (int s = 0; s < num_steps; ++s) {
-        if (s % kStepsPerHalf == 0) rows = wait_for_piece(shared, piece + halves + s / kStepsPerHalf);
-        const bf16 *p = &own.weights[place][g][s * NUMERICS_STEP + 2 * q];
-        const uint32_t row[4] = {load_pair(p), 0, load_pair(p + 8), 0};
-        uint32_t values[4];  // keys + 0 and + 8 of the first eight columns, then of the others
-        int key = s % kStepsPerHalf * NUMERICS_STEP + lane % 16;
-        load_matrix_x4_transposed(values,
-                                  rows + tile_offset(key, 2 * share + lane / 16) * (int)sizeof(bf16));
-        mma_m16n8k16(out[0], row, values[0], values[1]);
-        mma_m16n8k16(out[1], row, values[2], values[3]);
-        sum = __fadd_rn(sum, __fadd_rn(low_float(row[0]), high_float(row[0])));
-        sum = __fadd_rn(sum, __fadd_rn(low_float(row[2]), high_float(row[2])));
+#pragma unroll 1
+    for (int half = 0; half < halves; ++half) {
+        uint32_t rows = wait_for_piece(shared, piece + halves + half);
+        uint32_t weights[kStepsPerHalf][2], values[kStepsPerHalf][4];
+#pragma unroll
+        for (int s = 0; s < kStepsPerHalf; ++s) {
+            const bf16 *p = &own.weights[place][g][(half * kStepsPerHalf + s) * NUMERICS_STEP + 2 * q];
+            weights[s][0] = load_pair(p), weights[s][1] = load_pair(p + 8);
+            // Keys + 0 and + 8 of the first eight columns, then of the others.
+            int key = s * NUMERICS_STEP + lane % 16;
+            load_matrix_x4_transposed(values[s],
+                                      rows + tile_offset(key, 2 * share + lane / 16) * (int)sizeof(bf16));
+        }
+#pragma unroll
+        for (int s = 0; s < kStepsPerHalf; ++s) {
+            if (half * kStepsPerHalf + s >= num_steps) break;
+            const uint32_t row[4] = {weights[s][0], 0, weights[s][1], 0};
+            mma_m16n8k16(out[0], row, values[s][0], values[s][1]);
+            mma_m16n8k16(out[1], row, values[s][2], values[s][3]);
+            sum = __fadd_rn(sum, __fadd_rn(low_float(row[0]), high_float(row[0])));
+            sum = __fadd_rn(sum, __fadd_rn(low_float(row[2]), high_float(row[2])));
+        }
     }
     sum = __fadd_rn(sum, __shfl_xor_sync(kFullWarp, sum, 1));
     sum = __fadd_rn(sum, __shfl_xor_sync(kFullWarp, sum, 2));
     if (g < group_size) {
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-            *reinterpret_cast<float2 *>(&partial[g][(2 * share + i) * 8 + 2 * q]) =
-                make_float2(out[i][0], out[i][1]);
-        if (share == 0 && q == 0) partial[g][kTileCols] = max, partial[g][kTileCols + 1] = sum;
+            give_tile(shared, task, &partial[g][(2 * share + i) * 8 + 2 * q],
+                      make_float2(out[i][0], out[i][1]), num_attended);
+        if (share == 0 && q == 0)
+            give_tile(shared, task, &partial[g][kTileCols], make_float2(max, sum), num_attended);
     }
     tile_barrier(place);  // every warp has read the pieces
     if (share == 0 && lane < 2 * halves) release_piece(shared, piece + lane);
 }
 
-// Some values of a partial result with the maximum and sum of their row.
-template <int kValues>
-struct FoldState {
-    float max, sum, values[kValues];
-
-    __device__ __forceinline__ void fold(const FoldState &next) {
-        float largest = fmaxf(max, next.max);
-        float keep = contract_exp2(__fsub_rn(max, largest)),
-              take = contract_exp2(__fsub_rn(next.max, largest));
-        max = largest;
-        sum = __fmaf_rn(next.sum, take, __fmul_rn(sum, keep));
-#pragma unroll
-        for (int i = 0; i < kValues; ++i)
-            values[i] = __fmaf_rn(next.values[i], take, __fmul_rn(values[i], keep));
-    }
-    __device__ __forceinline__ bf16 result(int i) const {
-        return to_bf16(__fmul_rn(values[i], __frcp_rn(sum)));
-    }
-};
-
-// What the block makes of its tiles: the result where they are the whole row, else the row's parts.
-static __device__ __forceinline__ void finish_task(const AttentionShared &own, const StepArguments &args,
-                                                   const AttentionTask &task) {
-    int group = args.problem.num_heads / args.problem.num_kv_heads;
-    bool is_row = task.plan.num_runs == 1, is_folded = is_row || task.plan.is_by_segments;
-#pragma unroll 1
-    for (int i = own_thread(); i < group * kTileCols; i += kConsumers) {
-        int row = i / kTileCols, column = i % kTileCols;
-        auto tile_state = [&](int tile) -> FoldState<1> {
-            const float *from = own.tiles[tile][row];
-            return {from[kTileCols], from[kTileCols + 1], {from[column]}};
-        };
-        auto store_part = [&](int part, const FoldState<1> &state) {
-            float *to = args.parts + ((size_t)(task.first_part + part) * group + row) * kPartColumns;
-            to[column] = state.values[0];
-            if (column == 0) to[kTileCols] = state.max;
-            if (column == 1) to[kTileCols + 1] = state.sum;
-        };
-        auto part_of = [&](int tile) {
-            return (task.first_tile + tile) / (task.plan.is_by_segments ? NUMERICS_SEGMENT : 1);
-        };
-        FoldState<1> state = tile_state(0);
-#pragma unroll 1
-        for (int t = 1; t < task.num_tiles; ++t) {
-            if (is_folded && t != NUMERICS_SEGMENT) {
-                state.fold(tile_state(t));
-            } else {
-                store_part(part_of(t - 1), state);
-                state = tile_state(t);
-            }
-        }
-        size_t head = (size_t)task.sequence * args.problem.num_heads + task.kv_head * group + row;
-        if (is_row) {
-            args.problem.attn[head * kTileCols + column] = state.result(0);
-        } else {
-            store_part(part_of(task.num_tiles - 1), state);
-        }
-    }
-}
-
-// Segments first .. first + count - 1 of a row from its parts, each head's, into own.folds.
-static __device__ __forceinline__ void fold_segments(AttentionShared &own, const StepArguments &args,
-                                                     const AttentionTask &task, int first, int count,
-                                                     int group) {
-    constexpr int kThreadsPerRow = kTileCols / kFoldColumns;
-#pragma unroll 1
-    for (int i = own_thread(); i < count * group * kThreadsPerRow; i += kConsumers) {
-        int segment_row = i / kThreadsPerRow, column = i % kThreadsPerRow * kFoldColumns;
-        int segment = segment_row / group, first_part = (first + segment) * NUMERICS_SEGMENT;
-        int num_parts = min(NUMERICS_SEGMENT, task.plan.num_parts - first_part);
-        const float *from =
-            args.parts +
-            ((size_t)(task.first_part + first_part) * group + segment_row - segment * group) * kPartColumns;
-        float2 values[NUMERICS_SEGMENT];
-        float2 max_and_sum[NUMERICS_SEGMENT];
-#pragma unroll
-        for (int t = 0; t < NUMERICS_SEGMENT; ++t) {
-            if (t >= num_parts) break;
-            values[t] = __ldcg(reinterpret_cast<const float2 *>(from + column));
-            max_and_sum[t] = __ldcg(reinterpret_cast<const float2 *>(from + kTileCols));
-            from += group * kPartColumns;
-        }
-        auto part = [&](int t) -> FoldState<kFoldColumns> {
-            return {max_and_sum[t].x, max_and_sum[t].y, {values[t].x, values[t].y}};
-        };
-        FoldState<kFoldColumns> state = part(0);
-#pragma unroll
-        for (int t = 1; t < NUMERICS_SEGMENT; ++t)
-            if (t < num_parts) state.fold(part(t));
-        float *to = own.folds[segment_row];
-        *reinterpret_cast<float2 *>(to + column) = make_float2(state.values[0], state.values[1]);
-        if (column == 0) to[kTileCols] = state.max, to[kTileCols + 1] = state.sum;
-    }
-}
-
-// The same where each part is a segment's fold already.
-static __device__ __forceinline__ void copy_segments(AttentionShared &own, const StepArguments &args,
-                                                     const AttentionTask &task, int first, int count,
-                                                     int group) {
-    constexpr int kCopies = kPartColumns * (int)sizeof(float) / 16;  // of a head's part
-    const float *from = args.parts + (size_t)(task.first_part + first) * group * kPartColumns;
-    uint32_t to = shared_address(own.folds);
-#pragma unroll 1
-    for (int i = own_thread(); i < count * group * kCopies; i += kConsumers)
-        copy_async_16(to + i * 16, from + i * 4, 16);
-    copy_async_commit();
-    copy_async_wait<0>();
-}
-
-// The last block to finish a row folds its parts: tiles into segments, segments into the row.
-template <typename Shared>
-static __device__ __forceinline__ void finish_row(Shared &shared, const StepArguments &args,
-                                                  const AttentionTask &task) {
-    int group = args.problem.num_heads / args.problem.num_kv_heads;
-    consumer_barrier();  // every thread's share of this block's parts
-    if (own_thread() == 0) {
-        unsigned *ticket = args.tickets + task.sequence * args.problem.num_kv_heads + task.kv_head;
-        // This block's parts are out before its ticket, the other blocks' are read after theirs.
-        shared.is_last = add_acquire_release(ticket, 1) == (unsigned)task.plan.num_runs - 1;
-        if (shared.is_last) *ticket = 0;
-    }
-    consumer_barrier();  // the verdict visible to every thread
-    if (!shared.is_last) return;
-    int per_segment = task.plan.is_by_segments ? 1 : NUMERICS_SEGMENT;
-    int num_segments = (task.plan.num_parts + per_segment - 1) / per_segment;
-    int at_once = kFoldRows / group;  // segments
-    int column = own_thread() % (kTileCols / 2) * 2, own_row = own_thread() / (kTileCols / 2);
-    FoldState<2> row = {};
-#pragma unroll 1
-    for (int first = 0; first < num_segments; first += at_once) {
-        int count = min(at_once, num_segments - first);
-        if (task.plan.is_by_segments) {
-            copy_segments(shared.attention, args, task, first, count, group);
-        } else {
-            fold_segments(shared.attention, args, task, first, count, group);
-        }
-        consumer_barrier();  // the segments visible to the threads that fold them
-        if (own_row < group) {
-#pragma unroll 1
-            for (int s = 0; s < count; ++s) {
-                const float *from = shared.attention.folds[s * group + own_row];
-                FoldState<2> segment = {
-                    from[kTileCols], from[kTileCols + 1], {from[column], from[column + 1]}};
-                if (first + s == 0) {
-                    row = segment;
-                } else {
-                    row.fold(segment);
-                }
-            }
-        }
-        if (first + at_once < num_segments) consumer_barrier();  // they are read
-    }
-    if (own_row >= group) return;
-    size_t head = (size_t)task.sequence * args.problem.num_heads + task.kv_head * group + own_row;
-    *reinterpret_cast<uint32_t *>(args.problem.attn + head * kTileCols + column) =
-        row.result(0) | (uint32_t)row.result(1) << 16;
-}
-
-// The whole phase of one layer; consumers only. `piece` is the number of the block's next piece.
+// The whole phase of one layer; consumers only. `piece` is the number of the block's next piece,
+// `num_attended` its cluster's tasks so far.
 template <typename Shared>
 static __device__ __forceinline__ void attention_phase(Shared &shared, const StepArguments &args,
-                                                       const KvLayer &cache, int &piece) {
+                                                       const KvLayer &cache, int &piece,
+                                                       int &num_attended) {
     int warp = own_thread() / kWarp, group = args.problem.num_heads / args.problem.num_kv_heads;
-    for_own_tasks(shared, args, [&](const AttentionTask &task) {
+    for_own_tasks(shared, args, shared.first_task, [&](const AttentionTask &task) {
+        int own_tiles = task.own_tiles, rank = task.rank;
+        uint32_t here = shared_address(&shared.tiles_here);
+        if (Shared::kCluster > 1 && rank == 0 && own_thread() == 0)
+            barrier_arrive_expect(
+                here, (task.num_tiles - own_tiles) * group * kPartialColumns * (int)sizeof(float));
         load_task(shared.attention, args, cache, task, shared.rope[task.sequence]);
         int place = warp / kTileWarps;
         constexpr int kPiecesPerTile = 2 * NUMERICS_TILE / kPieceKeys;  // of all but the last
 #pragma unroll 1
-        for (int t = place; t < task.num_tiles; t += kTilesAtOnce)
-            attend_tile(shared, task, task.first_tile + t, place, piece + t * kPiecesPerTile, group,
-                        args.scale, shared.attention.tiles[t]);
-        int last = task.num_tiles - 1;
-        piece += last * kPiecesPerTile + 2 * task.halves(task.first_tile + last);
+        for (int t = place; t < own_tiles; t += kTilesAtOnce)
+            attend_tile(shared, task, task.tile_of(t), place, piece + t * kPiecesPerTile, group, args.scale,
+                        num_attended);
+        int last = own_tiles - 1;
+        if (own_tiles > 0) piece += last * kPiecesPerTile + 2 * task.halves(task.tile_of(last));
         consumer_barrier();  // the tiles' results visible to the threads that fold them
-        finish_task(shared.attention, args, task);
-        if (task.plan.num_runs > 1) finish_row(shared, args, task);
-        consumer_barrier();  // shared memory is read before the next task writes it
+        if (rank == 0) {
+            if (Shared::kCluster > 1) barrier_wait(here, num_attended & 1);
+            finish_task(shared.attention, args, task);
+            if (task.plan.num_runs > 1) finish_row(shared, args, task);
+            consumer_barrier();  // shared memory is read before the next task writes it
+            int lane = own_thread();
+            if (lane > 0 && lane < task.team)
+                barrier_arrive_remote(map_shared(shared_address(&shared.tiles_folded), lane));
+        }
+        ++num_attended;
     });
 }

@@ -33,6 +33,18 @@ __device__ __forceinline__ void consumer_barrier() {
     named_barrier_sync<kConsumersMeet, kConsumers>();
 }
 
+// All threads of the blocks of a cluster.
+template <int kCluster>
+__device__ __forceinline__ void meet_cluster() {
+    if (kCluster == 1) {
+        __syncthreads();
+    } else {
+        __syncwarp();
+        cluster_arrive();
+        cluster_wait();
+    }
+}
+
 // The consumers tell the producer that shared.positions is written.
 __device__ __forceinline__ void announce_positions() {
     named_barrier_arrive<kPositionsKnown, kConsumers + kWarp>();

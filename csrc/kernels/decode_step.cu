@@ -6,44 +6,20 @@
 //
 // Shapes    as in DecodeProblem; up to 8 sequences of one new token each
 // Rounding  every point of docs/numerics.md, in the order of the operations it replaces: the same bits
-// Mapping   one thread block per multiprocessor, all resident; weight rows are dealt out in units of eight
+// Mapping   one thread block per multiprocessor, all resident; weight rows are dealt out in units of eight;
+//           from two sequences on two blocks are a cluster that shares its units by chunks of K
 // Cost      every weight once: 2.47 GB for Llama 3.2 1B, 548 us at 4.51 TB/s
 // Source    the idea of one launch per token: HazyResearch Megakernels; the schedule is static here
-// See       decode_step.cuh, then decode_stream.cuh, decode_linear.cuh, decode_attention.cuh and
-//           decode_output.cuh, decode_grid.cuh; tests/kernels/test_bits_decode_step.py
+// See       decode_step.cuh, then decode_stream.cuh, decode_norm.cuh, decode_linear.cuh, decode_task.cuh,
+//           decode_attention.cuh, decode_fold.cuh, decode_output.cuh, decode_grid.cuh;
+//           tests/kernels/test_bits_decode_step.py
 
 #include "decode_attention.cuh"
 #include "decode_batch.cuh"
 #include "decode_linear.cuh"
+#include "decode_norm.cuh"
 #include "decode_output.cuh"
 #include "decode_stream.cuh"
-
-__device__ __forceinline__ int ceil_div(int a, int b) {
-    return (a + b - 1) / b;
-}
-
-// The same for every kv head of a sequence.
-static __device__ __forceinline__ RowPlan plan_row(const StepArguments &args, int sequence) {
-    auto num_tiles = [&](int i) { return ceil_div(args.seq_lens[i], NUMERICS_TILE); };
-    int tiles = num_tiles(sequence), num_tasks = (int)gridDim.x + 1, share = kLeastRun - 1;
-    if (tiles <= NUMERICS_SEGMENT) return {1, tiles, 0, false};
-    // The shortest runs of which no block has two.
-    while (share < NUMERICS_SEGMENT && num_tasks > (int)gridDim.x) {
-        num_tasks = 0;
-        ++share;
-#pragma unroll 1
-        for (int i = 0; i < args.num_seqs; ++i)
-            num_tasks += ceil_div(num_tiles(i), share) * args.problem.num_kv_heads;
-    }
-    if (share == NUMERICS_SEGMENT) {
-        int segments = ceil_div(tiles, NUMERICS_SEGMENT);
-        // A last segment of one tile goes to the block of the one before, if the row stays cut.
-        bool is_joined = tiles % NUMERICS_SEGMENT == 1 && segments > 2;
-        return {segments - is_joined, NUMERICS_SEGMENT, segments, true};
-    }
-    int num_runs = ceil_div(tiles, share);
-    return {num_runs, ceil_div(tiles, num_runs), tiles, false};
-}
 
 // What a launch reads once: the new tokens' positions and rows of the RoPE table, and this thread's output
 // of the embedding. Also how their attention is cut.
@@ -54,7 +30,9 @@ static __device__ __forceinline__ float begin_step(Shared &shared, const StepArg
     int thread = (int)threadIdx.x, hidden = problem.hidden_size;
     if (thread < args.num_seqs) {
         shared.positions[thread] = args.seq_lens[thread] - 1;
-        shared.plans[thread] = plan_row(args, thread);
+        int team = attention_team<Shared::kCluster>(args);
+        shared.plans[thread] = plan_row(args, thread, team);
+        shared.team = team;
     }
     int sequence = thread / kChunksPerRow, chunk = thread % kChunksPerRow;
     if (sequence < args.num_seqs) {
@@ -75,7 +53,8 @@ static __device__ __forceinline__ float begin_step(Shared &shared, const StepArg
 template <typename Shared>
 static __device__ __forceinline__ void consume(Shared &shared, const StepArguments &args) {
     const DecodeProblem &problem = args.problem;
-    int num_tokens = Shared::kTokens == 1 ? 1 : args.num_seqs, hidden = problem.hidden_size, piece = 0;
+    int num_tokens = Shared::kTokens == 1 ? 1 : args.num_seqs, hidden = problem.hidden_size;
+    int piece = 0, round = 0, num_staged = 0, num_attended = 0;
     int q_size = problem.num_heads * kTileCols, kv_size = problem.num_kv_heads * kTileCols;
     int intermediate = args.layers[0].gate_proj.rows, vocab_size = problem.lm_head.rows;
 
@@ -85,6 +64,7 @@ static __device__ __forceinline__ void consume(Shared &shared, const StepArgumen
     HeldPiece held;
     // Where the stream starts with the norm's weight, that comes first.
     grid_barrier<kGridArrived>([&] { hold_first(shared, held, piece + 1, kPhaseQkv); });
+    if (own_thread() == 0) shared.first_task = first_task_cursor(shared, args);
     // The phases of all layers in one loop: each part's code exists once and the instruction cache holds
     // it.
     int num_phases = problem.num_layers * kPhaseHead + 1;
@@ -92,33 +72,35 @@ static __device__ __forceinline__ void consume(Shared &shared, const StepArgumen
     for (int i = 0; i < num_phases; ++i) {
         int phase = i == num_phases - 1 ? kPhaseHead : i % kPhaseHead;
         const bf16 *rows = phase == kPhaseO ? problem.attn : phase == kPhaseDown ? problem.act : nullptr;
-        if (rows == nullptr) norm_phase(shared, piece, problem.residual, hidden, problem.eps, num_tokens);
-        compute_phase(
-            shared, held, piece, phase, rows, num_tokens, [&](int token, int row, float value, float up) {
-                if (phase == kPhaseQkv) {
-                    bf16 *out = row < q_size ? problem.q + (size_t)token * q_size + row
-                                : row < q_size + kv_size
-                                    ? problem.k + (size_t)token * kv_size + row - q_size
-                                    : problem.v + (size_t)token * kv_size + row - q_size - kv_size;
-                    *out = to_bf16(value);
-                } else if (phase == kPhaseGateUp) {
-                    float gate = to_float(to_bf16(value));
-                    problem.act[(size_t)token * intermediate + row] =
-                        to_bf16(silu_and_mul(gate, to_float(to_bf16(up))));
-                } else if (phase == kPhaseHead) {
-                    if (row >= vocab_size) return;
-                    problem.logits[(size_t)token * vocab_size + row] = value;
-                    best.take_better(value, row);
-                } else {
-                    bf16 sum = to_bf16(__fadd_rn(own_residual, to_float(to_bf16(value))));
-                    own_residual = to_float(sum);
-                    problem.residual[(size_t)token * hidden + row] = sum;
-                }
-            });
+        if (rows == nullptr)
+            norm_phase(shared, piece, phase, problem.residual, hidden, problem.eps, num_tokens);
+        compute_phase(shared, held, piece, round, num_staged, phase, rows, num_tokens,
+                      [&](int token, int row, float value, float up) {
+                          if (phase == kPhaseQkv) {
+                              bf16 *out =
+                                  row < q_size ? problem.q + (size_t)token * q_size + row
+                                  : row < q_size + kv_size
+                                      ? problem.k + (size_t)token * kv_size + row - q_size
+                                      : problem.v + (size_t)token * kv_size + row - q_size - kv_size;
+                              *out = to_bf16(value);
+                          } else if (phase == kPhaseGateUp) {
+                              float gate = to_float(to_bf16(value));
+                              problem.act[row_place(num_tokens, token, row, intermediate)] =
+                                  to_bf16(silu_and_mul(gate, to_float(to_bf16(up))));
+                          } else if (phase == kPhaseHead) {
+                              if (row >= vocab_size) return;
+                              problem.logits[(size_t)token * vocab_size + row] = value;
+                              best.take_better(value, row);
+                          } else {
+                              bf16 sum = to_bf16(__fadd_rn(own_residual, to_float(to_bf16(value))));
+                              own_residual = to_float(sum);
+                              problem.residual[(size_t)token * hidden + row] = sum;
+                          }
+                      });
         if (phase == kPhaseHead) break;
         if (phase == kPhaseQkv) {
             grid_barrier<kGridArrived>([] {});
-            attention_phase(shared, args, args.layers[i / kPhaseHead].cache, piece);
+            attention_phase(shared, args, args.layers[i / kPhaseHead].cache, piece, num_attended);
         }
         int next = i + 2 == num_phases ? kPhaseHead : (phase + 1) % kPhaseHead;
         bool has_norm = next != kPhaseO && next != kPhaseDown;
@@ -132,20 +114,28 @@ static __device__ __forceinline__ void consume(Shared &shared, const StepArgumen
     argmax_phase(shared, args, best);
 }
 
-template <int kTokens>
+template <int kTokens, int kCluster>
 static __global__ void __launch_bounds__(kStepThreads, 1)
     decode_step_kernel(const __grid_constant__ StepArguments args) {
     extern __shared__ unsigned char raw[];
-    using Shared = StepShared<kTokens>;
+    using Shared = StepShared<kTokens, kCluster>;
     Shared &shared = *reinterpret_cast<Shared *>(raw);
     int thread = (int)threadIdx.x;
     if (thread < Shared::kTurns) barrier_init(shared_address(&shared.full[thread]), 1);
     if (thread < Shared::kSlots) barrier_init(shared_address(&shared.empty[thread]), 1);
+    if (thread == 0) {
+        barrier_init(shared_address(&shared.norm_here), 1);
+        barrier_init(shared_address(&shared.input_here), 1);
+        barrier_init(shared_address(&shared.sums_here), 1);
+        barrier_init(shared_address(&shared.tiles_here), 1);
+        barrier_init(shared_address(&shared.tiles_folded), 1);
+        barrier_init(shared_address(&shared.sums_added), max(1, (kCluster - 1) * kConsumerWarps));
+    }
     if (thread < Shared::kTurns) barrier_init_fence();
     int phase = thread / kWarp;
     if (phase < kNumPhases && thread % kWarp == 0)
         shared.orders[phase] = order_of_phase<Shared>(args, phase);
-    __syncthreads();  // the ring's barriers and the orders exist before anybody uses them
+    meet_cluster<kCluster>();  // the barriers and the orders exist before anybody uses them
     if (thread >= kConsumers) {
         give_registers<kProducerRegisters>();
         if (thread < kConsumers + kWarp) {
@@ -161,6 +151,7 @@ static __global__ void __launch_bounds__(kStepThreads, 1)
         take_registers<kConsumerRegisters>();
         consume(shared, args);
     }
+    if (kCluster > 1) meet_cluster<kCluster>();  // nobody leaves while others still arrive here
 }
 
 // --- host
@@ -183,7 +174,7 @@ static size_t tickets_bytes(const DecodeProblem *p) {
 static size_t step_workspace_bytes(const DecodeProblem *p) {
     size_t segments =
         kStepTokens * (size_t)p->num_kv_heads * ((p->max_seq_len + kSegmentKeys - 1) / kSegmentKeys);
-    size_t tiles = (NUMERICS_SEGMENT - 1) * kMaxBlocks;  // at most, where a part is a tile
+    size_t tiles = NUMERICS_SEGMENT * kMaxBlocks;  // at most, where a part is a tile
     size_t group = (size_t)(p->num_heads / p->num_kv_heads), parts = segments > tiles ? segments : tiles;
     size_t bytes = sizeof(StepCounters) + candidates_bytes() + tickets_bytes(p) +
                    parts * group * kPartColumns * sizeof(float);
@@ -205,22 +196,32 @@ static bool are_enough(int num_blocks, int hidden_size) {
 extern "C" Status cuda_decode_workspace_bytes(size_t *bytes, const DecodeProblem *p) {
     int num_blocks = 0;
     TRY(num_multiprocessors(&num_blocks));
-    bool is_served = are_enough(num_blocks, p->hidden_size) && p->hidden_size <= kMaxHidden &&
-                     p->intermediate_size <= kMaxIntermediate &&
+    bool is_served = are_enough(num_blocks / kClusterBlocks * kClusterBlocks, p->hidden_size) &&
+                     p->hidden_size <= kMaxHidden && p->intermediate_size <= kMaxIntermediate &&
                      p->num_heads / p->num_kv_heads <= kMaxGroup && p->num_layers <= kMaxLayers;
     *bytes = is_served ? step_workspace_bytes(p) + batch_workspace_bytes(*p, num_blocks) : 0;
     return STATUS_OK;
 }
 
-template <int kTokens>
-static Status launch_step(StepArguments &args, int num_blocks, cudaStream_t stream) {
-    const int kBytes = (int)sizeof(StepShared<kTokens>);
-    TRY(CUDA_STATUS(cudaFuncSetAttribute(decode_step_kernel<kTokens>,
+template <int kTokens, int kCluster>
+static Status launch_step(const StepArguments &args, int num_blocks, cudaStream_t stream) {
+    const int kBytes = (int)sizeof(StepShared<kTokens, kCluster>);
+    static_assert(kBytes <= 227 * 1024, "what a block may have");
+    TRY(CUDA_STATUS(cudaFuncSetAttribute(decode_step_kernel<kTokens, kCluster>,
                                          cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes)));
-    void *parameters[] = {&args};
-    return CUDA_STATUS(cudaLaunchCooperativeKernel(
-        reinterpret_cast<const void *>(decode_step_kernel<kTokens>), dim3((unsigned)num_blocks),
-        dim3(kStepThreads), parameters, kBytes, stream));
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeCooperative;
+    attributes[0].val.cooperative = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {(unsigned)kCluster, 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = (unsigned)(num_blocks / kCluster * kCluster);
+    config.blockDim = kStepThreads;
+    config.dynamicSmemBytes = kBytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = kCluster > 1 ? 2 : 1;
+    return CUDA_STATUS(cudaLaunchKernelEx(&config, decode_step_kernel<kTokens, kCluster>, args));
 }
 
 extern "C" Status cuda_decode_step(const DecodeProblem *problem, const BatchIndex *batch, int advance,
@@ -250,6 +251,8 @@ extern "C" Status cuda_decode_step(const DecodeProblem *problem, const BatchInde
     args.parts = reinterpret_cast<float *>(workspace);
     int num_blocks = 0;
     TRY(num_multiprocessors(&num_blocks));
-    return args.num_seqs == 1 ? launch_step<1>(args, num_blocks, (cudaStream_t)stream)
-                              : launch_step<kStepTokens>(args, num_blocks, (cudaStream_t)stream);
+    cudaStream_t on = (cudaStream_t)stream;
+    if (args.num_seqs == 1) return launch_step<1, 1>(args, num_blocks, on);
+    if (args.num_seqs <= kFewTokens) return launch_step<kFewTokens, kClusterBlocks>(args, num_blocks, on);
+    return launch_step<kStepTokens, kClusterBlocks>(args, num_blocks, on);
 }

@@ -21,6 +21,8 @@ extern "C" {
 #include "decode_tile.cuh"
 
 constexpr int kStepTokens = 8;         // most sequences of a step: the rows of one fragment
+constexpr int kFewTokens = 4;          // up to so many leave shared memory to a longer ring
+constexpr int kClusterBlocks = 2;      // that share units; a sequence alone has less to read than to tell
 constexpr int kUnitRows = kStripRows;  // weight rows of a unit of work: the columns of one fragment
 constexpr int kProducerRegisters = 80;
 constexpr int kConsumerRegisters = 144;
@@ -31,13 +33,13 @@ constexpr int kPieceBytes = kUnitRows * NUMERICS_CHUNK * (int)sizeof(bf16);  // 
 // Pieces on their way at once, 48 KiB: enough for the bandwidth; more queue up before the barriers'
 // traffic.
 constexpr int kInFlight = 6;
-constexpr int kRoundTasks = 64;   // chunk sums kept before they are added up
-constexpr int kInputPadding = 8;  // values: rows start in different banks
-constexpr int kLeastRows = 4;     // of hidden values that fit shared memory: down's input of one token
-constexpr int kTileWarps = 4;     // share an attention tile: 32 keys, then 16 columns each
+constexpr int kRoundTasks = 64;  // chunk sums kept before they are added up
+constexpr int kRowPadding = 8;   // values: rows start in different banks
+constexpr int kLeastRows = 4;    // of kInputChunks that fit shared memory: down's input of one token
+constexpr int kTileWarps = 4;    // share an attention tile: 32 keys, then 16 columns each
 constexpr int kTilesAtOnce = kConsumerWarps / kTileWarps;
 constexpr int kMaxRun = NUMERICS_SEGMENT + 1;      // tiles of a task
-constexpr int kLeastRun = 3;                       // tiles: what a block works on at once
+constexpr int kLeastRun = 2;                       // tiles; a block works on one more at once
 constexpr int kPartColumns = kPartialColumns + 2;  // of a part in memory: 64 values, maximum, sum, padding
 constexpr int kFoldRows = 88;                      // a row's segments times heads that are folded together
 constexpr int kNormGroups = NUMERICS_NORM_LANES / kWarp;
@@ -46,12 +48,13 @@ constexpr int kStripBytes = kStripValues * (int)sizeof(bf16);
 
 // The order of a phase's pieces within a block, the same for the producer and the consumers: rounds of
 // units, in each the groups of chunks whose activations fit shared memory together, in each the round's
-// units, in each its parts, in each the chunks.
+// units, in each its parts, in each the blocks of the cluster, whose units these are, in each the chunks.
 struct PhaseOrder {
-    int own_units;  // unit i of the block is unit blockIdx + i gridDim of the phase
+    int num_units;
+    int own_units;  // unit i of the block is unit blockIdx + i gridDim of the phase, if there is one
     int units_per_round;
-    int parts;  // matrices side by side: 2 for gate and up
-    int num_chunks, chunks_per_group;
+    int parts;                                     // matrices side by side: 2 for gate and up
+    int num_chunks, own_chunks, chunks_per_group;  // chunk i of the block is i kCluster + its rank
     int cols;
     int early_cols;  // of the input, that are there before the rest: outputs of gate/up's first round
 };
@@ -59,20 +62,29 @@ enum Phase { kPhaseQkv, kPhaseO, kPhaseGateUp, kPhaseDown, kPhaseHead, kNumPhase
 
 // How a row is cut, the attention of one sequence by one kv head: into runs of tiles, a block's task each.
 // A row of one segment is not cut: what a block leaves to another costs more than it saves. Runs are as
-// short as leaves no block with two, at most a segment, and of one length within a row. A run that is not
-// the whole row leaves parts: of a segment its fold, else each tile as it is.
+// short as leaves no block with two, at most a segment, and of one length within a row, but for the first
+// few, which have a tile more. A run that is not the whole row leaves parts: of a segment its fold, else
+// each tile as it is.
 struct RowPlan {
-    int num_runs, run_tiles;
+    int num_runs, run_tiles, longer_runs;
     int num_parts;
     bool is_by_segments;
+
+    __device__ int first_tile(int run) const { return run * run_tiles + min(run, longer_runs); }
+};
+
+// Where a walk through the tasks of all rows is: `next` counts from the first of this row.
+struct TaskCursor {
+    int sequence, next;
+    int first_part;  // of the row
 };
 
 struct AttentionShared {
-    alignas(16) bf16 query[kMaxGroup][kTileCols + kInputPadding];
+    alignas(16) bf16 query[kMaxGroup][kTileCols + kRowPadding];
     alignas(16) bf16 key[kTileCols];
     alignas(16) bf16 value[kTileCols];
     // P of the tiles at work, and the maxima of each warp's keys.
-    alignas(16) bf16 weights[kTilesAtOnce][kMaxGroup][NUMERICS_TILE + kInputPadding];
+    alignas(16) bf16 weights[kTilesAtOnce][kMaxGroup][NUMERICS_TILE + kRowPadding];
     alignas(16) float maxima[kTilesAtOnce][kMaxGroup][kTileWarps];
     union {
         // Results of the task's tiles, and of a row's segments, each head's.
@@ -81,20 +93,24 @@ struct AttentionShared {
     };
 };
 
-// Of a block, in a step of up to kMostTokens sequences: what fewer tokens leave is the ring's.
-template <int kMostTokens>
+// Of a block, in a step of up to kMostTokens sequences: what fewer tokens leave is the ring's. The blocks of
+// a cluster share the units of all: each multiplies its own chunks of the tokens, which it alone reads.
+template <int kMostTokens, int kClusterSize>
 struct StepShared {
-    static constexpr int kTokens = kMostTokens;
+    static constexpr int kTokens = kMostTokens, kCluster = kClusterSize;
+    static_assert(kTokens > 1 || kCluster == 1, "one token's rows are copied whole");
     static constexpr int kOutputs = kTokens * kUnitRows;  // of a unit
-    // Of the ring: 176 or 192 KiB, five microseconds of this block's share of memory.
-    static constexpr int kSlots = kTokens == 1 ? 24 : 22;
+    // Of the ring: 168 to 192 KiB, five microseconds of this block's share of memory.
+    static constexpr int kSlots = kTokens > kFewTokens ? 21 : kTokens > 1 ? 23 : 24;
     static constexpr int kTurns = 2 * kSlots;  // pieces between two uses of one `full` barrier
+    // For down at Llama 3.2 1B's shape: a block's chunks among the outputs of gate/up's first round.
+    static constexpr int kInputChunks = kCluster > 1 ? 5 : kMaxHidden / NUMERICS_CHUNK;
     static constexpr int kInputValues =
-        (kTokens > kLeastRows ? kTokens : kLeastRows) * (kMaxHidden + kInputPadding);
+        (kTokens > kLeastRows ? kTokens : kLeastRows) * kInputChunks * NUMERICS_CHUNK;
 
     alignas(1024) unsigned char ring[kSlots][kPieceBytes];
     union {
-        alignas(16) bf16 input[kInputValues];  // the activations a phase multiplies, row by row
+        alignas(128) bf16 input[kInputValues];  // the activations a phase multiplies: row_place
         AttentionShared attention;
     };
     alignas(16) float sums[kRoundTasks][kOutputs];
@@ -102,9 +118,17 @@ struct StepShared {
     alignas(16) bf16 rope[kTokens][kTileCols];  // of each sequence's new position: cos | sin
     uint64_t full[kTurns];
     uint64_t empty[kSlots];
+    // Of exchanges within the cluster: a norm's sums and a round's chunk sums are here, and the round's are
+    // added wherever this block's went.
+    uint64_t norm_here, sums_here, sums_added;
+    uint64_t input_here;  // what was asked for last
+    // A task's tiles are at its cluster's first block, and are folded there.
+    uint64_t tiles_here, tiles_folded;
     PhaseOrder orders[kNumPhases];
     int positions[kTokens];  // of the new tokens
     RowPlan plans[kTokens];
+    TaskCursor first_task;
+    int team;  // blocks that share an attention task: the cluster's, or each has its own
     int is_last;
 };
 
@@ -174,9 +198,19 @@ __device__ __forceinline__ uint4 load_fresh_vector(const bf16 *address) {
 }
 
 // How `count` things are dealt to the blocks: thing i goes to block i mod gridDim.
-__device__ __forceinline__ int own_share(int count) {
-    int block = (int)blockIdx.x, blocks = (int)gridDim.x;
+__device__ __forceinline__ int share_of(int block, int count) {
+    int blocks = (int)gridDim.x;
     return count > block ? (count - block + blocks - 1) / blocks : 0;
+}
+
+// This block's place in its cluster.
+template <typename Shared>
+__device__ __forceinline__ int own_rank() {
+    return Shared::kCluster == 1 ? 0 : (int)blockIdx.x % Shared::kCluster;
+}
+template <typename Shared>
+__device__ __forceinline__ int chunk_of(int own_chunk) {
+    return own_chunk * Shared::kCluster + own_rank<Shared>();
 }
 
 __device__ __forceinline__ const bf16 *packed_data(const Matrix &matrix) {
@@ -189,12 +223,14 @@ __device__ __forceinline__ int num_units(const Matrix &matrix) {
 template <typename Shared>
 __device__ __forceinline__ PhaseOrder phase_order(int units, int parts, int cols, int num_tokens) {
     PhaseOrder order;
-    order.own_units = own_share(units);
+    // As many as the cluster's first block has: where another has one fewer, that one's sums are not used.
+    order.own_units = share_of((int)blockIdx.x - own_rank<Shared>(), units);
+    order.num_units = units;
     order.parts = parts;
     order.cols = cols;
     order.num_chunks = (cols + NUMERICS_CHUNK - 1) / NUMERICS_CHUNK;
-    order.chunks_per_group =
-        min(order.num_chunks, (Shared::kInputValues / num_tokens - kInputPadding) / NUMERICS_CHUNK);
+    order.own_chunks = (order.num_chunks + Shared::kCluster - 1 - own_rank<Shared>()) / Shared::kCluster;
+    order.chunks_per_group = min(order.own_chunks, Shared::kInputValues / (num_tokens * NUMERICS_CHUNK));
     order.units_per_round = max(1, kRoundTasks / (parts * order.num_chunks));
     order.early_cols = cols;
     return order;
@@ -216,58 +252,24 @@ static __device__ PhaseOrder order_of_phase(const StepArguments &args, int phase
         if (phase == kPhaseGateUp) return gate_up;
         PhaseOrder down = phase_order<Shared>(num_units(layer.down_proj), 1, layer.down_proj.cols, n);
         down.early_cols = min(down.cols, gate_up.units_per_round * (int)gridDim.x * kUnitRows);
-        down.chunks_per_group = min(down.chunks_per_group, max(1, down.early_cols / NUMERICS_CHUNK));
+        down.chunks_per_group =
+            min(down.chunks_per_group, max(1, down.early_cols / (NUMERICS_CHUNK * Shared::kCluster)));
         return down;
     }
     return phase_order<Shared>(num_units(args.problem.lm_head), 1, args.problem.lm_head.cols, n);
 }
 
-// One segment or less of one sequence's attention by one kv head: a block's task.
-struct AttentionTask {
-    int sequence, kv_head;
-    int position;  // of the new token
-    int first_tile, num_tiles;
-    int first_part;  // of the row
-    RowPlan plan;
-
-    // Keys of a tile that are in the cache already, 0 .. 128.
-    __device__ int cached_keys(int tile) const {
-        return min(NUMERICS_TILE, position - tile * NUMERICS_TILE);
-    }
-    // Those and the new key.
-    __device__ int num_keys(int tile) const {
-        return min(NUMERICS_TILE, position - tile * NUMERICS_TILE + 1);
-    }
-    // Pieces of K, and of V, of a tile; one that holds the new key alone is empty on arrival.
-    __device__ int halves(int tile) const { return (num_keys(tile) + kPieceKeys - 1) / kPieceKeys; }
-};
-
-// Calls visit(task) for each task of this block, in one order for the producer and the consumers.
-template <typename Shared, typename Visit>
-static __device__ __forceinline__ void for_own_tasks(const Shared &shared, const StepArguments &args,
-                                                     Visit visit) {
-    // The last blocks first: of weight rows they have the fewest.
-    int next = (int)(gridDim.x - 1 - blockIdx.x), heads = args.problem.num_kv_heads, first_part = 0;
-#pragma unroll 1
-    for (int sequence = 0; sequence < args.num_seqs; ++sequence) {
-        RowPlan plan = shared.plans[sequence];
-        int num_tasks = plan.num_runs * heads;
-#pragma unroll 1
-        for (; next < num_tasks; next += (int)gridDim.x) {
-            AttentionTask task;
-            int run = next / heads;
-            task.sequence = sequence;
-            task.kv_head = next - run * heads;
-            task.position = shared.positions[sequence];
-            task.first_tile = run * plan.run_tiles;
-            int all_tiles = task.position / NUMERICS_TILE + 1;
-            task.num_tiles =
-                (run == plan.num_runs - 1 ? all_tiles : (run + 1) * plan.run_tiles) - task.first_tile;
-            task.first_part = first_part + task.kv_head * plan.num_parts;
-            task.plan = plan;
-            visit(task);
-        }
-        next -= num_tasks;
-        first_part += heads * plan.num_parts;
-    }
+// Where a token's value stands among the rows that a phase multiplies: chunk by chunk, in each token by token,
+// so that a block's chunk is one copy. 16 bytes of a tile of 64 columns stand where the token says, so that
+// eight tokens' are in different banks.
+__device__ __forceinline__ int chunk_width(int cols, int chunk) {
+    return min(NUMERICS_CHUNK, cols - chunk * NUMERICS_CHUNK);
+}
+__device__ __forceinline__ int place_in_chunk(int token, int column, int width) {
+    return token * width + ((column / kVector ^ token % 8) * kVector | column % kVector);
+}
+__device__ __forceinline__ size_t row_place(int num_tokens, int token, int column, int cols) {
+    int chunk = column / NUMERICS_CHUNK;
+    return (size_t)chunk * num_tokens * NUMERICS_CHUNK +
+           place_in_chunk(token, column % NUMERICS_CHUNK, chunk_width(cols, chunk));
 }

@@ -5,7 +5,7 @@
 // and keys and values of earlier steps.
 
 #pragma once
-#include "decode_step.cuh"
+#include "decode_task.cuh"
 
 constexpr int kTilesPerChunk = NUMERICS_CHUNK / kTileCols;
 constexpr int kSmallestBlock = 16;  // tokens of a KV block
@@ -14,8 +14,10 @@ constexpr int kSmallestBlock = 16;  // tokens of a KV block
 // whose rows a unit takes eight each.
 struct PhaseWeights {
     const bf16 *first, *second, *third;
-    int first_units, second_units;
+    int first_units, second_units, third_units;
     bool is_paired;
+
+    __device__ int num_units() const { return first_units + second_units + third_units; }
 
     // Where part `part` of a unit starts in its packed matrix: its rows are contiguous (tile.cuh).
     __device__ const bf16 *unit_data(int unit, int part, int cols) const {
@@ -34,14 +36,25 @@ struct PhaseWeights {
 };
 
 __device__ __forceinline__ PhaseWeights one_matrix(const Matrix &m) {
-    return {packed_data(m), nullptr, nullptr, num_units(m), 0, false};
+    return {packed_data(m), nullptr, nullptr, num_units(m), 0, 0, false};
 }
 __device__ __forceinline__ PhaseWeights qkv_weights(const DecodeLayer &layer) {
-    return {packed_data(layer.q_proj), packed_data(layer.k_proj), packed_data(layer.v_proj),
-            num_units(layer.q_proj),   num_units(layer.k_proj),   false};
+    return {packed_data(layer.q_proj),
+            packed_data(layer.k_proj),
+            packed_data(layer.v_proj),
+            num_units(layer.q_proj),
+            num_units(layer.k_proj),
+            num_units(layer.k_proj),
+            false};
 }
 __device__ __forceinline__ PhaseWeights gate_up_weights(const DecodeLayer &layer) {
-    return {packed_data(layer.gate_proj), packed_data(layer.up_proj), nullptr, 0, 0, true};
+    return {packed_data(layer.gate_proj),
+            packed_data(layer.up_proj),
+            nullptr,
+            num_units(layer.gate_proj),
+            0,
+            0,
+            true};
 }
 
 // One piece of contiguous bytes, by one lane.
@@ -59,27 +72,30 @@ static __device__ __forceinline__ int stream_phase(Shared &shared, int piece, co
                                                    const PhaseWeights &weights, int phase,
                                                    uint64_t policy) {
     const PhaseOrder order = shared.orders[phase];
-    int k_tiles = order.cols / kTileCols;
+    int first_block = (int)blockIdx.x - own_rank<Shared>();
+    int last_unit = weights.num_units() - 1;
     if (norm) stream_piece(shared, piece++, norm, order.cols * (int)sizeof(bf16), policy);
 #pragma unroll 1
     for (int first_unit = 0; first_unit < order.own_units; first_unit += order.units_per_round) {
         int end_unit = min(first_unit + order.units_per_round, order.own_units);
 #pragma unroll 1
-        for (int first_chunk = 0; first_chunk < order.num_chunks; first_chunk += order.chunks_per_group) {
-            int first_tile = first_chunk * kTilesPerChunk;
-            int end_tile = min(first_tile + order.chunks_per_group * kTilesPerChunk, k_tiles);
+        for (int first_chunk = 0; first_chunk < order.own_chunks; first_chunk += order.chunks_per_group) {
+            int end_chunk = min(first_chunk + order.chunks_per_group, order.own_chunks);
+            int first_tile = chunk_of<Shared>(first_chunk) * kTilesPerChunk;
 #pragma unroll 1
             for (int i = first_unit; i < end_unit; ++i) {
-                int unit = (int)blockIdx.x + i * (int)gridDim.x;
 #pragma unroll 1
-                for (int part = 0; part < order.parts; ++part) {
-                    const bf16 *from =
-                        weights.unit_data(unit, part, order.cols) + (size_t)first_tile * kStripValues;
+                for (int row = 0; row < order.parts * Shared::kCluster; ++row) {
+                    // Of a cluster's block that has one unit fewer, the last one's weights are any.
+                    int unit = min(first_block + i * (int)gridDim.x + row % Shared::kCluster, last_unit);
+                    const bf16 *from = weights.unit_data(unit, row / Shared::kCluster, order.cols) +
+                                       (size_t)first_tile * kStripValues;
+                    int tiles = order.cols / kTileCols - first_tile;
 #pragma unroll 1
-                    for (int tile = first_tile; tile < end_tile; tile += kTilesPerChunk, ++piece) {
-                        stream_piece(shared, piece, from,
-                                     min(kTilesPerChunk, end_tile - tile) * kStripBytes, policy);
-                        from += kTilesPerChunk * kStripValues;
+                    for (int chunk = first_chunk; chunk < end_chunk; ++chunk, ++piece) {
+                        stream_piece(shared, piece, from, min(kTilesPerChunk, tiles) * kStripBytes, policy);
+                        from += Shared::kCluster * kTilesPerChunk * kStripValues;
+                        tiles -= Shared::kCluster * kTilesPerChunk;
                     }
                 }
             }
@@ -98,20 +114,23 @@ static __device__ __forceinline__ int stream_cache(Shared &shared, const StepArg
     static_assert(kLaneRuns == 3, "as many are chosen from below");
     int lane = (int)threadIdx.x % kWarp, block_size = cache.block_size;
     int run_keys = min(kPieceKeys, block_size), runs = kPieceKeys / run_keys;  // of a piece
+    int tile_runs = NUMERICS_TILE / kPieceKeys * runs;
     size_t to_values = (size_t)block_size * kTileCols;
-    for_own_tasks(shared, args, [&](const AttentionTask &task) {
+    for_own_tasks(shared, args, first_task_cursor(shared, args), [&](const AttentionTask &task) {
         const int32_t *block_table = args.block_tables + (size_t)task.sequence * args.max_blocks_per_seq;
         const bf16 *run_data[kLaneRuns];
 #pragma unroll
         for (int i = 0; i < kLaneRuns; ++i) {
-            int key = task.first_tile * NUMERICS_TILE + (i * kWarp + lane) * run_keys;
+            int run = i * kWarp + lane, own_tile = run / tile_runs;
+            int key = task.tile_of(own_tile) * NUMERICS_TILE + (run - own_tile * tile_runs) * run_keys;
             int index = key / block_size, block = key < task.position ? block_table[index] : 0;
             run_data[i] = cache.data + kv_tile_offset(block, task.kv_head, cache.num_kv_heads, block_size) +
                           (size_t)(key - index * block_size) * kTileCols;
         }
         int first_run = 0;
 #pragma unroll 1
-        for (int tile = task.first_tile; tile < task.first_tile + task.num_tiles; ++tile) {
+        for (int i = 0; i < task.own_tiles; ++i) {
+            int tile = task.tile_of(i);
             int cached = task.cached_keys(tile), halves = task.halves(tile);
 #pragma unroll 1
             for (int is_value = 0; is_value < 2; ++is_value) {
@@ -132,7 +151,7 @@ static __device__ __forceinline__ int stream_cache(Shared &shared, const StepArg
                         copy_bulk(slot + lane * run_keys * kKeyBytes, from, own_keys * kKeyBytes, full);
                 }
             }
-            first_run += NUMERICS_TILE / kPieceKeys * runs;
+            first_run += tile_runs;
         }
     });
     return piece;

@@ -54,14 +54,16 @@ static __device__ __forceinline__ void softmax_row(uint32_t (&p)[kKeyGroups], fl
     sum = __fadd_rn(sum, __shfl_xor_sync(kFullWarp, sum, 2));
 }
 
-// Scores of the heads (rows g) with sixteen keys that start at `rows`: two chains side by side.
-static __device__ __forceinline__ void score_keys(float (&low)[2], float (&high)[2],
+// Scores of the heads (rows g) with the keys of kSteps steps that start at `rows`: of each step keys 2 q,
+// 2 q + 1, + 8. All chains side by side.
+template <int kSteps>
+static __device__ __forceinline__ void score_keys(float (&scores)[kSteps][4],
                                                   const uint32_t (&query)[kDimSteps][2], uint32_t rows) {
     int lane = (int)threadIdx.x % kWarp;
-    float acc[2][4] = {};
-    uint32_t keys[2][2][4];  // of eight keys each: columns 0 .. 31 and 32 .. 63
+    float acc[2 * kSteps][4] = {};
+    uint32_t keys[2 * kSteps][2][4];  // of eight keys each: columns 0 .. 31 and 32 .. 63
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 4 * kSteps; ++i) {
         int row = i / 2 * 8 + lane % 8, chunk = i % 2 * 4 + lane / 8;
         load_matrix_x4(keys[i / 2][i % 2], rows + tile_offset(row, chunk) * (int)sizeof(bf16));
     }
@@ -69,11 +71,11 @@ static __device__ __forceinline__ void score_keys(float (&low)[2], float (&high)
     for (int s = 0; s < kDimSteps; ++s) {
         const uint32_t heads[4] = {query[s][0], 0, query[s][1], 0};
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
+        for (int i = 0; i < 2 * kSteps; ++i)
             mma_m16n8k16(acc[i], heads, keys[i][s / 2][s % 2 * 2], keys[i][s / 2][s % 2 * 2 + 1]);
     }
-    low[0] = acc[0][0], low[1] = acc[0][1];
-    high[0] = acc[1][0], high[1] = acc[1][1];
+#pragma unroll
+    for (int i = 0; i < 4 * kSteps; ++i) scores[i / 4][i % 4] = acc[i / 2][i % 2];
 }
 
 // Sixteen keys' values, whose first row is at `rows`, weighed with P and added up.

@@ -187,12 +187,6 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 
 // --- launches, which compute nothing
 
-cudaError_t cudaLaunchCooperativeKernel(const void *function, dim3 grid, dim3 block, void **arguments,
-                                        size_t shared_bytes, cudaStream_t stream) {
-    (void)function, (void)grid, (void)block, (void)arguments, (void)shared_bytes, (void)stream;
-    MAY_FAIL();
-    return cudaSuccess;
-}
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *function, void **arguments) {
     (void)config, (void)function, (void)arguments;
     MAY_FAIL();

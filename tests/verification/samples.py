@@ -102,6 +102,7 @@ def passing_run() -> dict:
         },
         "prompts_not_run": [],
         "first_failure": None,
+        "failed_checks": {},
     }
 
 
@@ -121,6 +122,7 @@ def failing_run() -> dict:
     ] + run["summary"][-1:]
     run["logits"][1].update(centred_ratio=9.7, status="fail")
     run["tokens"][2]["tokens"][5].update(engine_id=77, engine_text=MARKUP, gap=4.0, status="fail")
+    run["failed_checks"] = {"local": 3, "accumulated": 40, "tokens": 1}
     run["residual_growth"]["engine"] = [
         value * (1 if layer < 7 else 6)
         for layer, value in enumerate(run["residual_growth"]["engine"])

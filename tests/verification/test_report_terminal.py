@@ -165,3 +165,13 @@ def test_one_prompt_is_not_called_prompts():
     run["logits"] = run["logits"][:1]
 
     assert re.search(r"^logits +1 prompt; ", printed(run), re.MULTILINE)
+
+
+def test_more_ties_than_chance_gives_fail_the_tokens_though_none_is_wrong():
+    run = samples.passing_run()
+    run["failed_checks"] = {"tokens": 1}
+
+    line = next(line for line in printed(run).splitlines() if line.startswith("tokens"))
+
+    assert line.endswith("FAIL") and "0 wrong; more ties than chance gives" in line
+    assert re.search(r"\b1 failed", printed(run))

@@ -1,6 +1,5 @@
 // loading.c -- the checkpoint's tensors in and, bit for bit, out again.
 
-#include <pthread.h>
 #include <string.h>
 #include "engine_state.h"
 
@@ -19,45 +18,16 @@ static Status find_slot(Engine *e, const char *name, int64_t rows, int64_t cols,
     return fail(STATUS_INVALID_ARGUMENT, "%.200s is not a tensor of this model", name);
 }
 
-// Some bf16 values, and how many of them are NaN or infinite.
-typedef struct Share {
-    const bf16 *values;
-    int64_t num_values;
-    int64_t num_not_finite;
-} Share;
-
-// In blocks whose count fits 16 bits: then a compiler counts eight values an instruction.
-static void *count_share(void *argument) {
-    enum { BLOCK = 1 << 14 };
-    Share *share = argument;
-    share->num_not_finite = 0;
-    for (int64_t first = 0; first < share->num_values; first += BLOCK) {
-        int64_t left = share->num_values - first;
-        int length = left < BLOCK ? (int)left : BLOCK;
-        uint16_t of_block = 0;
-        for (int i = 0; i < length; i++) of_block += (share->values[first + i] & 0x7f80) == 0x7f80;
-        share->num_not_finite += of_block;
-    }
-    return NULL;
-}
-
-// Shared with a few threads: one does not read as fast as the memory gives.
+// How many of some bf16 values are NaN or infinite. In blocks whose count fits 16 bits: then a compiler
+// counts eight values an instruction.
 static int64_t count_not_finite(const bf16 *values, int64_t num_values) {
-    enum { NUM_SHARES = 4, WORTH_A_THREAD = 1 << 19 };
-    Share shares[NUM_SHARES];
-    pthread_t threads[NUM_SHARES];
-    int has_thread[NUM_SHARES] = {0};
-    int64_t per_share = num_values / NUM_SHARES, count = 0;
-    for (int i = 0; i < NUM_SHARES; i++) {
-        int is_last = i == NUM_SHARES - 1;
-        shares[i] = (Share){values + i * per_share, is_last ? num_values - i * per_share : per_share, 0};
-        has_thread[i] = !is_last && per_share >= WORTH_A_THREAD &&
-                        pthread_create(&threads[i], NULL, count_share, &shares[i]) == 0;
-        if (!has_thread[i]) count_share(&shares[i]);
-    }
-    for (int i = 0; i < NUM_SHARES; i++) {
-        if (has_thread[i]) pthread_join(threads[i], NULL);
-        count += shares[i].num_not_finite;
+    enum { BLOCK = 1 << 14 };
+    int64_t count = 0;
+    for (int64_t first = 0; first < num_values; first += BLOCK) {
+        int length = num_values - first < BLOCK ? (int)(num_values - first) : BLOCK;
+        uint16_t of_block = 0;
+        for (int i = 0; i < length; i++) of_block += (values[first + i] & 0x7f80) == 0x7f80;
+        count += of_block;
     }
     return count;
 }

@@ -17,9 +17,6 @@ struct SplitShape {
     static constexpr int kTokens = kTokens_, kRanks = kRanks_;
     static constexpr int kGroups = kTokens == kMostTokens && kRanks > 1 ? 2 : 1;
     using Stage = StageShape<kTokens, kGroups, kTokens == kMostTokens ? 1 : 2>;
-    // With few tokens two blocks share a multiprocessor.
-    static constexpr int kResident = kTokens == 32 ? 2 : 1;
-    static constexpr int kSharedBytes = (kResident == 2 ? 112 : 226) * 1024;
     static constexpr int kConsumers = kGroups * kWarpgroup;
     static constexpr int kThreads =
         kConsumers + (kGroups == 2 ? kWarpgroup : kWarp);         // the producer's last

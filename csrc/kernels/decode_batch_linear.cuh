@@ -66,7 +66,7 @@ struct StageTiles {
 
 // The number of stages of one rank, and which k tiles its i-th holds; a stage does not cross a chunk.
 template <typename Shape>
-__device__ __forceinline__ int own_stages(int k_tiles, int rank, int num_ranks) {
+__host__ __device__ __forceinline__ int own_stages(int k_tiles, int rank, int num_ranks) {
     int chunks = (k_tiles + kTilesPerChunk - 1) / kTilesPerChunk;
     if (rank >= chunks) return 0;
     int last = (chunks - 1 - rank) / num_ranks;  // of the rank's chunks

@@ -15,7 +15,11 @@
 #include "decode_batch_exchange.cuh"
 #include "decode_batch_pair.cuh"
 
-constexpr int kStagesAhead = 2;  // of weights, asked for before the kernel before this one has ended
+constexpr int kSharedBytes = 226 * 1024;
+// Stages of weights asked for before the kernel before this one has ended. With few tokens they do not
+// delay what that one still reads.
+template <typename Shape>
+constexpr int kStagesAhead = Shape::kTokens == 32 ? 4 : 2;
 // Chunks of a layer of which no block shares a tile of 32 tokens: with more, bringing the weights to every
 // such tile takes longer than sharing (down at 128 tokens 30.5 us for 18.2: docs/log.md).
 constexpr int kMostUnshared = 4;
@@ -45,7 +49,7 @@ static __device__ __forceinline__ void produce(const SplitArguments &args, const
     using Stage = typename Shape::Stage;
     uint64_t policy = evict_first_policy();
     int count = own_stages<Stage>(args.k_tiles, exchange.rank, Shape::kRanks);
-    int ahead = min(count, min(kStagesAhead, ring.num_stages));
+    int ahead = min(count, min(kStagesAhead<Shape>, ring.num_stages));
     auto place_of = [&](int g) { return group_place(args, row_tile * Shape::kGroups + g); };
     auto tiles_of = [&](int i) {
         return tiles_of_stage<Stage>(i, args.k_tiles, exchange.rank, Shape::kRanks);
@@ -119,7 +123,7 @@ struct GroupWriter {
 };
 
 template <typename Shape>
-static __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
+static __global__ void __launch_bounds__(Shape::kThreads, 1)
     batch_split_kernel(const __grid_constant__ SplitArguments args) {
     extern __shared__ unsigned char raw[];
     __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
@@ -159,7 +163,9 @@ static Status launch_shape(const BatchStep &step, SplitArguments args, const bf1
     TRY(encode_rows_map(&args.tokens, x, step.bucket, weights[0]->cols, Shape::kTokens));
     for (int i = 0; i < 3; ++i)
         if (weights[i] != nullptr) TRY(encode_group_map<Stage>(&args.weights[i], *weights[i]));
-    args.num_stages = min(kMaxStages, (Shape::kSharedBytes - kAlignment - kStagedBytes) / Stage::kBytes);
+    // No more than a block has to bring: what is left of the shared memory is the next kernel's.
+    args.num_stages = min(own_stages<Stage>(args.k_tiles, 0, Shape::kRanks),
+                          min(kMaxStages, (kSharedBytes - kAlignment - kStagedBytes) / Stage::kBytes));
     size_t bytes = kAlignment + (size_t)args.num_stages * Stage::kBytes + kStagedBytes;
     return launch_chained(batch_split_kernel<Shape>, dim3((unsigned)(tiles * Shape::kRanks)),
                           Shape::kThreads, bytes, 1, stream, args);
@@ -181,7 +187,7 @@ static Status launch_shared(const BatchStep &step, const SplitArguments &args, c
     using Four = SplitShape<kTokens, 4>;
     int tiles = (args.num_groups + Four::kGroups - 1) / Four::kGroups * args.token_tiles;
     auto fits = [&](int ranks) {
-        return tiles * ranks <= step.num_multiprocessors * Four::kResident && ranks <= args.num_chunks;
+        return tiles * ranks <= step.num_multiprocessors && ranks <= args.num_chunks;
     };
     if constexpr (kTokens == kMostTokens) {
         if (fits(8)) return launch_shape<SplitShape<kTokens, 8>>(step, args, x, weights, tiles, stream);

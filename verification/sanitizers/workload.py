@@ -47,7 +47,7 @@ LONG_SUMS = {
     ),
 }
 # Of sequences: cached keys around a tile of 128 and a segment of 1024.
-FEW = ((127,), (1030, 0, 16))
+FEW = ((127,), (1030, 0, 16), (129, 5, 0, 17, 127))  # of one row, of up to four, of up to eight
 MANY = (12, 33, 70)  # sequences: a part of a tile of 32, more than one, more than one of 64
 MANY_LENGTHS = (1030, 127, 128, 5)  # the last one again and again
 PROMPTS = ((17,), (129, 1))  # of a step of single operations, and of fused ones

@@ -1,13 +1,14 @@
 """Fields of config.json that change a result and are not implemented: each is refused by name."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from engine.config import ModelConfig
 from engine.config_fields import _NEUTRAL_VALUES
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, InvalidArgument
 from tests.engine.test_config import published
 
 SWITCHES = (
@@ -78,3 +79,16 @@ def test_the_same_field_without_a_meaning_changes_nothing(field: str):
         assert ModelConfig.from_dict(published(**{field: neutral})) == ModelConfig.from_dict(
             published()
         )
+
+
+@pytest.mark.parametrize("field", ["rms_norm_eps", "rope_theta"])
+@pytest.mark.parametrize("value", [True, "1e-5", [1.0], float("inf"), -1.0], ids=repr)
+def test_what_is_no_number_of_that_range_is_refused(field: str, value: Any):
+    with pytest.raises(CheckpointError, match=field):
+        ModelConfig.from_dict(published(**{field: value}))
+
+
+@pytest.mark.parametrize("field", ["rms_norm_eps", "rope_theta"])
+def test_a_config_made_in_python_takes_no_truth_value_for_a_number(field: str):
+    with pytest.raises(InvalidArgument, match=field):
+        replace(ModelConfig.from_dict(published()), **{field: True})

@@ -31,8 +31,8 @@ from engine.safetensors_file import (
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARDS = 1000
-READERS = 4  # threads that read ahead: a memory's speed takes more than one
-AHEAD_BYTES = 1 << 30  # read and not yet handed out; one tensor may be more
+READERS = 2  # threads that read ahead; more only take memory's speed from the copies (docs/log.md)
+AHEAD_BYTES = 1 << 28  # read and not yet handed out; one tensor may be more
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 

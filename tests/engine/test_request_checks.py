@@ -36,3 +36,15 @@ def test_a_text_with_a_token_beyond_the_models_vocabulary_is_refused_at_the_door
     assert read_prompt("a<|reserved_61|>", tokenizer, 320) == ("a<|reserved_61|>", [97, 319])
     with pytest.raises(InvalidArgument, match="prompt has a token 319 .* has 0 to 318"):
         read_prompt("a<|reserved_61|>", tokenizer, 319)
+
+
+@pytest.mark.parametrize(("length", "shown"), [(60, 60), (61, 60)])
+def test_a_long_value_is_shown_by_its_first_57_characters(length: int, shown: int):
+    value = b"a" * (length - len(repr(b"")))
+
+    with pytest.raises(InvalidArgument) as refused:
+        read_prompt(value, None, 320)
+
+    text = str(refused.value).partition("got ")[2]
+    assert len(text) == shown
+    assert text == (repr(value) if length == shown else repr(value)[:57] + "...")

@@ -10,15 +10,19 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from engine.bindings import LIBRARY_PATH
 from verification.gpu_record import gpu_source_stamp
 from verification.interrupts import ends_in_one_line
 from verification.sanitizers.coverage import LISTING, Coverage, coverage, kernels_listed
-from verification.sanitizers.lanes import LANES, LaneResult, run_lane, sass_opcodes
+from verification.sanitizers.findings import OpcodeAt
+from verification.sanitizers.lanes import LANES, Lane, LaneResult, run_lane, sass_opcodes
 from verification.sanitizers.process import Processes, Sanitizer
+from verification.sanitizers.translation import translate
 from verification.sanitizers.workload import PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +70,10 @@ def show(result: LaneResult) -> list[str]:
         lines += [f"  control {mode}: {n} x {kind}" for kind, n in kinds.items()]
         lines += [] if kinds else [f"  control {mode}: nothing reported"]
     lines += [f"  tool limit, as in a control: {n} x {kind}" for kind, n in result.limits.items()]
+    lines += [
+        f"  not where the barrier is an mbarrier: {n} x {kind}"
+        for kind, n in result.of_form.items()
+    ]
     return lines
 
 
@@ -90,14 +98,22 @@ def main() -> int:
         launches = processes.output(*LAUNCHES, *PARTS)
         return coverage(names.splitlines(), launches.splitlines())
 
-    with ThreadPoolExecutor() as pool:  # the lanes share the card: wall time is the limit
+    scratch = TemporaryDirectory(prefix="touchstone-sanitizers-")
+
+    def translated() -> tuple[Sequence[str], OpcodeAt]:
+        folder = Path(scratch.name) / "translated"
+        library = translate(ROOT, folder, found["nvcc"], processes.output)
+        opcode_at = sass_opcodes([library], found["cuobjdump"], found["c++filt"])
+        return ("--library", str(library)), opcode_at
+
+    with scratch, ThreadPoolExecutor() as pool:  # the lanes share the card: wall time is the limit
         try:
-            kernels = pool.submit(covered)
-            results = list(
-                pool.map(
-                    lambda lane: run_lane(lane, run, planted, WORKLOAD, PARTS, opcode_at), LANES
-                )
-            )
+            kernels, other = pool.submit(covered), pool.submit(translated)
+
+            def lane_result(lane: Lane) -> LaneResult:
+                return run_lane(lane, run, planted, WORKLOAD, PARTS, opcode_at, other.result)
+
+            results = list(pool.map(lane_result, LANES))
             ran = kernels.result()
         except KeyboardInterrupt:
             processes.stop()  # else the pool would wait for the tools' time limits

@@ -2,7 +2,8 @@
 
 Decides a lane's verdict. racecheck alone has controls: correct kernels that order bulk copies by
 mbarriers. What it reports of those it cannot follow, so findings of that very kind (a race between
-the same two instructions) are counted apart as the tool's limit; anything else is a finding.
+the same two instructions) are counted apart as the tool's limit; so are those of a kernel that a
+library with its barriers in another form (`translation`) does not show. Anything else is a finding.
 Invariant: a lane passes only if it caught its planted kernel, ran every case and read every
 finding.
 """
@@ -16,8 +17,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from engine.errors import EngineError
 from verification.sanitizers.coverage import plain_name
 from verification.sanitizers.findings import Kind, OpcodeAt, Report, read_report
+from verification.sanitizers.translation import KERNELS
 
 BARRIERS = ("--num-cuda-barriers", "256")  # the fused step initialises 66; the tool tracks 16 else
 
@@ -31,11 +34,12 @@ class Lane:
         arguments: its own.
         planted: the kernel of tests/kernels/planted with the defect that it is for.
         says: what it must say of that kernel, a pattern.
-        controls: arguments for bulk_copy_control, each a correct kernel.
-        comparison: arguments for one that is wrong.
+        controls: modes of CONTROLS, each a correct kernel.
+        wrong: modes whose kernel is not, so that the tool must report it.
         is_apart: whether each part of the workload is a process of its own, for a tool that takes
             long.
         without: parts that this lane leaves out; no kernel is run by them alone.
+        translated: kernels of which the translated library is asked too.
     """
 
     tool: str
@@ -43,11 +47,19 @@ class Lane:
     says: str
     arguments: tuple[str, ...] = ()
     controls: tuple[str, ...] = ()
-    comparison: tuple[str, ...] = ()
+    wrong: tuple[str, ...] = ()
     is_apart: bool = False
     without: tuple[str, ...] = ()
+    translated: tuple[str, ...] = ()
 
 
+BULK_COPIES = ("once", "ring", "arrive", "plain", "lanes", "patch", "init")
+NAMED_BARRIERS = ("meet", "announce", "tile", "tile-announce")
+# mode -> the program of tests/kernels/planted
+CONTROLS = {
+    **dict.fromkeys((*BULK_COPIES, "unordered"), "bulk_copy_control"),
+    **dict.fromkeys((*NAMED_BARRIERS, "apart", "tile-apart"), "named_barrier_control"),
+}
 LANES = (
     Lane("memcheck", "out_of_bounds", "Invalid __global__ write"),
     Lane(
@@ -55,15 +67,15 @@ LANES = (
         "missing_barrier",
         "Race reported",
         BARRIERS,
-        controls=("once", "ring", "arrive", "plain", "lanes", "patch", "init"),
-        comparison=("unordered",),
+        controls=(*BULK_COPIES, *NAMED_BARRIERS),
+        wrong=("unordered", "apart", "tile-apart"),
         is_apart=True,
         without=("toy", "toy-untied"),
+        translated=KERNELS,
     ),
     Lane("initcheck", "never_written", "Uninitialized __global__ memory read"),
     Lane("synccheck", "divergent_barrier", "Barrier error detected", BARRIERS),
 )
-CONTROL = "bulk_copy_control"
 
 
 @dataclass
@@ -75,6 +87,7 @@ class LaneResult:
         problems: why it does not pass.
         findings: kind -> how many, of the workload.
         limits: the same, of kinds that the correct controls show too.
+        of_form: the same, of kinds that go with the form of a barrier.
         controls: control -> kind -> how many.
     """
 
@@ -85,6 +98,7 @@ class LaneResult:
     problems: list[str] = field(default_factory=list)
     findings: dict[Kind, int] = field(default_factory=dict)
     limits: dict[Kind, int] = field(default_factory=dict)
+    of_form: dict[Kind, int] = field(default_factory=dict)
     controls: dict[str, dict[Kind, int]] = field(default_factory=dict)
 
     @property
@@ -101,6 +115,7 @@ class LaneResult:
             "cases": self.cases,
             "findings": _named(self.findings),
             "tool_limits": _named(self.limits),
+            "barrier_form": _named(self.of_form),
             "controls": {name: _named(kinds) for name, kinds in self.controls.items()},
             "seconds": round(self.seconds, 1),
         }
@@ -108,6 +123,8 @@ class LaneResult:
 
 # (tool, its arguments, the program) -> exit status and output
 Run = Callable[[str, Sequence[str], Sequence[str]], tuple[int, str]]
+# builds the translated library: the words that follow the workload, and its instructions
+Translate = Callable[[], tuple[Sequence[str], OpcodeAt]]
 
 
 def run_lane(
@@ -117,8 +134,9 @@ def run_lane(
     workload: Sequence[str],
     parts: Sequence[str],
     opcode_at: OpcodeAt,
+    translate: Translate | None = None,
 ) -> LaneResult:
-    """Runs one lane, everything of it side by side.
+    """Runs one lane, everything of it side by side; then what needs a second opinion.
 
     Args:
         lane: the tool and what it must catch.
@@ -127,15 +145,16 @@ def run_lane(
         workload: the program that runs every kernel, given some of `parts`.
         parts: of the workload.
         opcode_at: the instruction at a place of a kernel, for races.
+        translate: called where a finding is of a kernel that has a translation.
     """
     began = time.monotonic()
     parts = [part for part in parts if part not in lane.without]
     result = LaneResult(lane.tool, " ".join([lane.tool, *lane.arguments, *workload, *parts]))
-    modes = (*lane.controls, *lane.comparison)
+    modes = (*lane.controls, *lane.wrong)
     groups = [(part,) for part in parts] if lane.is_apart else [tuple(parts)]
     programs = [
         [str(planted[lane.planted])],
-        *([str(planted[CONTROL]), mode] for mode in modes),
+        *([str(planted[CONTROLS[mode]]), mode] for mode in modes),
         *([*workload, *group] for group in groups),
     ]
     with ThreadPoolExecutor(len(programs)) as pool:
@@ -152,9 +171,17 @@ def run_lane(
         result.controls[mode] = report.kinds
         if (status and mode in lane.controls) or report.total is None:
             result.problems.append(f"control {mode} does not run: {_last(said)}")
+        elif mode in lane.wrong and not report.total:
+            result.problems.append(f"does not catch {mode} of {CONTROLS[mode]}")
+    doubtful: dict[str, int] = {}  # part -> how many cases ran
     for group, (status, said) in zip(groups, of_groups, strict=True):
-        part = ", ".join(group)
-        _judge(result, part, status, said, read_report(said, opcode_at), lane.controls)
+        part, before = ", ".join(group), result.cases
+        report = read_report(said, opcode_at)
+        _judge(result, part, status, said, report, lane.controls)
+        if any(kind.function in lane.translated for kind in report.kinds):
+            doubtful[part] = result.cases - before
+    if translate and any(kind.function in lane.translated for kind in result.findings):
+        _ask_again(result, lane, run, workload, doubtful, translate)
     result.problems += [f"{count} x {kind}" for kind, count in result.findings.items()]
     result.seconds = time.monotonic() - began
     return result
@@ -176,11 +203,57 @@ def _judge(
     if report.total != sum(report.kinds.values()):
         read = sum(report.kinds.values())
         result.problems.append(f"{part}: {report.total} findings by the summary, {read} read")
-    known = {pair for mode in controls for kind in result.controls[mode] for pair in kind.pairs}
+    known = _known_pairs(result, controls)
     for kind, count in report.kinds.items():
         excused = kind.pairs and all(_is_exact(pair) and pair in known for pair in kind.pairs)
         counts = result.limits if excused else result.findings
         counts[kind] = counts.get(kind, 0) + count
+
+
+def _known_pairs(result: LaneResult, controls: Sequence[str]) -> set[str]:
+    """Accesses that the tool reports of correct controls."""
+    return {pair for mode in controls for kind in result.controls[mode] for pair in kind.pairs}
+
+
+def _ask_again(
+    result: LaneResult,
+    lane: Lane,
+    run: Run,
+    workload: Sequence[str],
+    doubtful: Mapping[str, int],
+    translate: Translate,
+) -> None:
+    """Counts apart what the translated library does not show in the same cases.
+
+    Args:
+        doubtful: parts in which a kernel with a translation was reported, with their cases.
+    """
+    try:
+        words, opcode_at = translate()
+    except EngineError as error:
+        result.problems.append(f"no second opinion: {error}")
+        return
+    programs = [[*workload, *words, part] for part in doubtful]
+    with ThreadPoolExecutor(len(programs)) as pool:
+        outcomes = list(pool.map(lambda each: run(lane.tool, lane.arguments, each), programs))
+    known, shown = _known_pairs(result, lane.controls), set()
+    for (part, cases), (status, said) in zip(doubtful.items(), outcomes, strict=True):
+        report = read_report(said, opcode_at)
+        ran = re.search(r"^(\d+) cases ran$", said, re.M)
+        is_whole = report.total is not None and report.total == sum(report.kinds.values())
+        if status or not ran or int(ran[1]) != cases or not is_whole:
+            result.problems.append(f"{part}, translated, did not end: {_last(said)}")
+            return
+        for kind in report.kinds:
+            if not kind.pairs or not all(map(_is_exact, kind.pairs)):
+                result.problems.append(f"{part}, translated: {kind}")
+                return
+            shown |= {(kind.function, pair) for pair in kind.pairs}
+    for kind in list(result.findings):
+        doubted = {(kind.function, pair) for pair in kind.pairs if pair not in known}
+        is_named = kind.pairs and all(map(_is_exact, kind.pairs))
+        if kind.function in lane.translated and is_named and not doubted & shown:
+            result.of_form[kind] = result.findings.pop(kind)
 
 
 def _is_exact(pair: str) -> bool:

@@ -101,6 +101,7 @@ class Sanitizer:
     ) -> tuple[int, str]:
         """Exit status and output."""
         words = [tool, *arguments[:1], Path(program[0]).name, *program[1:][-1:]]
+        words += ["translated"] if "--library" in program else []  # beside the first report
         name = "-".join(word.strip("-") for word in words)
         log = self._logs / f"{name.replace(' ', '_')}.log"
         command = [self._path, "--tool", tool, *arguments, *PRINTING, *program]

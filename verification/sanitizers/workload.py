@@ -7,6 +7,7 @@ so reading one is no reading of unwritten memory; that it changes no bit is test
 engine, not the tools. `python -m verification.sanitizers.workload [PART ...]`
 """
 
+import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from engine.model_runner import ModelRunner
 from engine.models import cache_root, resolve
 from engine.ops import Ops
 from engine.sampling import EDIT, ROW, SamplingBatch
+from engine.source_stamp import source_stamp
 from engine.sources.shape import resolve_random
 from engine.sources.toy import CONFIGS
 
@@ -290,10 +292,15 @@ def run_cases(cases: Iterator[Case]) -> int:
     return count
 
 
-def main(parts: Sequence[str] = PARTS) -> int:
-    """Some parts of the workload; the last line says how many cases ran."""
-    library, count = Library(), 0
-    for part in parts:
+def main(words: Sequence[str] = ()) -> int:
+    """Some parts of the workload, by default all; the last line says how many cases ran."""
+    parser = argparse.ArgumentParser(prog="python -m verification.sanitizers.workload")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--library", type=Path, help="of another checkout, built there")
+    options = parser.parse_args(words)
+    path, count = options.library, 0
+    library = Library(path, path and source_stamp(path.parents[1] / "csrc"))
+    for part in options.parts or PARTS:
         if part in OPERATIONS:
             with Ops(library, "cuda") as ops:
                 count += run_cases(OPERATIONS[part](ops))
@@ -309,4 +316,4 @@ def main(parts: Sequence[str] = PARTS) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or PARTS))
+    sys.exit(main(sys.argv[1:]))

@@ -1,12 +1,14 @@
 """Lanes against a tool that is made up: every way in which a lane must not pass."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.verification.sanitizers.test_findings import CLEAN, MEMCHECK
-from verification.sanitizers.lanes import LANES, Lane, opcodes_of, read_sass, run_lane
+from verification.mutants.catalogue import CatalogueError
+from verification.sanitizers.lanes import CONTROLS, LANES, Lane, opcodes_of, read_sass, run_lane
 
 PLANTED = {name: Path(name) for name in ("out_of_bounds", "bulk_copy_control", "missing_barrier")}
 PARTS = ("workload",)
@@ -168,6 +170,31 @@ def test_a_control_that_computes_a_wrong_result_fails_the_lane():
     assert "control ring does not run" in run(RACES, said).problems[0]
 
 
+def test_a_wrong_kernel_that_the_tool_does_not_report_fails_the_lane():
+    lane = replace(RACES, wrong=("unordered",))
+    said = {
+        "missing_barrier": (0, racecheck(race("m", 0x30, 0x30))),
+        "ring": (0, racecheck()),
+        "workload": (0, racecheck()),
+    }
+
+    caught = run(lane, {**said, "unordered": (0, racecheck(race("control", 0x10, 0x20)))})
+    missed = run(lane, {**said, "unordered": (0, racecheck())})
+
+    assert (caught.status, caught.limits) == ("pass", {})
+    assert missed.problems == ["does not catch unordered of bulk_copy_control"]
+
+
+def test_every_mode_is_one_of_its_program():
+    folder = Path(__file__).parents[2] / "kernels" / "planted"
+    modes = [mode for lane in LANES for mode in (*lane.controls, *lane.wrong)]
+
+    assert set(modes) == set(CONTROLS) and len(set(modes)) == len(modes)
+    for mode, name in CONTROLS.items():
+        names = re.search(r"kNames\[\] = \{(.*?)\}", (folder / f"{name}.cu").read_text(), re.S)[1]
+        assert f'"{mode}"' in names
+
+
 def test_every_lane_has_its_planted_kernel_and_says_what_it_catches():
     folder = Path(__file__).parents[2] / "kernels" / "planted"
     assert [lane.tool for lane in LANES] == ["memcheck", "racecheck", "initcheck", "synccheck"]
@@ -178,7 +205,6 @@ def test_every_lane_has_its_planted_kernel_and_says_what_it_catches():
             .startswith(f"// {lane.planted}.cu -- planted")
         )
         assert lane.says
-    assert (folder / "bulk_copy_control.cu").exists()
 
 
 def test_opcodes_are_read_from_a_listing():
@@ -214,3 +240,118 @@ def test_a_templates_instances_have_code_of_their_own():
     assert opcode_at("two(int *)", 0x10) is None  # two kernels of one name: no guess
     assert opcode_at("two(int *)", 0x20) == "NOP"
     assert opcode_at("one(int *)", 0x10) is None
+
+
+# --- the second opinion: the engine with its barrier in another form
+
+FORM = replace(RACES, translated=("engine",))
+CAUGHT = {
+    "missing_barrier": (0, racecheck(race("m", 0x30, 0x30))),
+    "ring": (0, racecheck(race("control", 0x10, 0x20))),
+}
+DOUBTED = (0, racecheck(race("engine", 0x30, 0x20)))
+
+
+def asked_again(first: tuple[int, str], second: tuple[int, str], lane: Lane = FORM):
+    """The lane's result where the translated library's report is the second, and the programs."""
+    programs = []
+
+    def tool(name, arguments, program):
+        programs.append(list(program))
+        if "--library" in program:
+            return second
+        return {**CAUGHT, "workload": first}[program[-1]]
+
+    def translate():
+        return ("--library", "other.so"), lambda function, offset: CODE.get(offset)
+
+    lookup = lambda function, offset: CODE.get(offset)  # noqa: E731
+    return run_lane(lane, tool, PLANTED, ("run",), PARTS, lookup, translate), programs
+
+
+def test_what_another_form_of_the_barrier_does_not_show_is_counted_apart():
+    result, programs = asked_again(DOUBTED, (0, racecheck()))
+
+    assert (result.status, result.findings) == ("pass", {})
+    assert result.to_json()["barrier_form"] == {
+        "Error: Race (Read LDSM with Write STS) in engine": 1
+    }
+    assert programs[-1] == ["run", "--library", "other.so", "workload"]
+
+
+def test_what_both_forms_show_is_a_finding():
+    result, _ = asked_again(DOUBTED, (0, racecheck(race("engine", 0x30, 0x20))))
+
+    assert result.status == "fail" and result.of_form == {}
+    assert "1 x Error: Race (Read LDSM with Write STS) in engine" in result.problems
+
+
+def test_a_pair_that_a_control_explains_does_not_hide_one_that_both_forms_show():
+    both = race("engine", 0x10, 0x20).replace(
+        "[8 hazards]",
+        "[8 hazards]\n=========     and Write access at engine(int *)+0x30 [8 hazards]",
+    )
+
+    again, _ = asked_again((0, racecheck(both)), (0, racecheck(both)))
+    other, _ = asked_again((0, racecheck(both)), (0, racecheck(race("engine", 0x10, 0x20))))
+
+    assert (again.status, other.status) == ("fail", "pass")
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        (1, racecheck()),
+        (0, racecheck(end="")),
+        (0, racecheck(end="2 cases ran\n")),
+        (0, "3 cases ran\n"),
+        (0, racecheck().replace("0 hazards", "3 hazards")),
+        (0, racecheck(race("engine", 0x40, 0x50))),
+    ],
+    ids=["status", "no end", "fewer cases", "no summary", "unread", "unknown instructions"],
+)
+def test_a_second_opinion_that_did_not_end_well_excuses_nothing(second):
+    result, _ = asked_again(DOUBTED, second)
+
+    assert result.status == "fail" and result.of_form == {}
+
+
+def test_without_a_translation_nothing_is_excused():
+    def translate():
+        raise CatalogueError("the text occurs 0 times")
+
+    said = {**CAUGHT, "workload": DOUBTED}
+    result = run_lane(
+        FORM,
+        lambda name, arguments, program: said[program[-1]],
+        PLANTED,
+        ("run",),
+        PARTS,
+        lambda function, offset: CODE.get(offset),
+        translate,
+    )
+
+    assert result.status == "fail" and result.of_form == {}
+    assert "no second opinion: the text occurs 0 times" in result.problems
+
+
+def test_a_kernel_without_a_translation_is_not_asked_again():
+    result, programs = asked_again(
+        DOUBTED, (0, racecheck()), replace(FORM, translated=("another",))
+    )
+
+    assert result.status == "fail"
+    assert not any("--library" in program for program in programs)
+
+
+def test_where_nothing_is_doubted_nothing_is_asked_again():
+    result, programs = asked_again((0, racecheck(race("engine", 0x10, 0x20))), (1, ""))
+
+    assert result.status == "pass"
+    assert not any("--library" in program for program in programs)
+
+
+def test_an_access_without_a_known_instruction_is_a_finding_in_either_form():
+    result, _ = asked_again((0, racecheck(race("engine", 0x40, 0x50))), (0, racecheck()))
+
+    assert result.status == "fail" and result.of_form == {}

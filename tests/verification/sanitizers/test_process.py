@@ -25,11 +25,13 @@ COMMAND = """
 import signal, sys
 from pathlib import Path
 from verification.sanitizers import __main__ as command
+from verification.sanitizers.lanes import CONTROLS
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's is ignored
 folder = Path(sys.argv[1])
 command.OUTPUT, command.LOGS = folder / "sanitize.json", folder / "logs"
-command.build_planted = lambda nvcc, target: {lane.planted: folder / "planted" for lane in
-                                              command.LANES} | {"bulk_copy_control": folder / "c"}
+command.translate = lambda root, target, nvcc, output: Path(output("sleep", "60") or "none")
+names = [*CONTROLS.values(), *(lane.planted for lane in command.LANES)]
+command.build_planted = lambda nvcc, target: {name: folder / name for name in names}
 sys.exit(command.main())
 """
 

@@ -1,9 +1,12 @@
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from engine.bindings import CSRC, LIBRARY_PATH
+from engine.errors import EngineError
 from engine.model_runner import ModelRunner
 from engine.ops import Ops
 from tests.kernels.operations import operator_names
@@ -62,3 +65,14 @@ def test_a_models_long_sums_are_run_in_a_step_of_many_sequences(library):
             assert workload.run_cases(workload.many_cases(name, runner, workload.STEPS[name])) > 0
 
     assert {3, 4, 6, 8} <= chunks
+
+
+def test_a_library_of_another_checkout_is_held_to_that_checkouts_sources(tmp_path: Path):
+    library = tmp_path / "engine" / "libengine.so"
+    library.parent.mkdir()
+    shutil.copy2(LIBRARY_PATH, library)
+    shutil.copytree(CSRC, tmp_path / "csrc")
+    (tmp_path / "csrc" / "kernels" / "exp2.cu").write_text("// another\n")
+
+    with pytest.raises(EngineError, match="stamp"):
+        workload.main(["--library", str(library), "elementwise"])

@@ -2,9 +2,9 @@
 
 Where the run timed a base (another build of the engine, by turns with this one) the two are
 compared inside the run; else, or where --against names one, with the stored medians. Noise is what
-the run and the stored one measured of themselves: the same engine twice. `python -m
-tests.benchmarks.compare`, make bench-compare. Exit status: 0 no regression, 1 one, or a point
-that cannot be compared.
+the run and the stored one measured of themselves, the same engine twice, and at least what two
+engines of one build are apart, in one process or in two. `python -m tests.benchmarks.compare`, make
+bench-compare. Exit status: 0 no regression, 1 one, or a point that cannot be compared.
 """
 
 import argparse
@@ -18,6 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "build" / "bench.json"
 STORED = ROOT / "golden" / "h200" / "record.json"
 OURS, BASE = "touchstone", "base"
+# Two engines of one build, each with memory of its own: up to 1.3 % apart at four points, where one
+# engine repeats itself within 0.3 % (an H200, docs/log.md).
+BETWEEN_ENGINES = 0.015
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,11 @@ def differences(run: dict, stored: dict | None) -> list[Difference]:
         if stored is None and "median" in contestants.get(BASE, {}):
             base = contestants[BASE]
             spread = (base["p90"] - base["p10"]) / 2 / base["median"]
-            chance = max(point["noise"], spread)
+            chance = max(point["noise"], spread, BETWEEN_ENGINES)
             found.append(Difference(name, base["median"], new, chance, "base in the same run"))
         elif name in old_points:
             old = old_points[name]
-            chance = point["noise"] + old["noise"]
+            chance = max(point["noise"] + old["noise"], BETWEEN_ENGINES)
             median = old["contestants"][OURS]["median"]
             found.append(Difference(name, median, new, chance, "stored run"))
     return found

@@ -51,7 +51,42 @@ def test_a_run_as_fast_as_the_stored_one_passes(command):
 def test_a_slower_run_passes_within_the_noise_of_both_and_fails_beyond_it(command, capsys):
     assert command(run(1.019), run(1.0)) == 0
     assert command(run(1.021), run(1.0)) == 1
+    assert command(run(1.014, noise=0), run(1.0, noise=0)) == 0
+    assert command(run(1.016, noise=0), run(1.0, noise=0)) == 1
     assert "SLOWER, stored run" in capsys.readouterr().out
+
+
+# One build's medians at four points, ms, by two engines in each of two processes on one H200; its
+# noise there, and the medians with a pause of 0.06 ms put into the kernel of the first two points.
+SAME_BUILD = (
+    (0.70025, 0.69947, 0.6966, 0.0027),
+    (0.99310, 1.00563, 1.0060, 0.0030),
+    (1.09447, 1.08967, 1.0904, 0.0013),
+    (8.42929, 8.23730, 8.5085, 0.0257),
+)
+SLOWED = (0.7219, 1.0500)
+
+
+@pytest.mark.parametrize("medians", SAME_BUILD, ids=["B1", "B8", "B32", "prefill"])
+def test_two_engines_of_one_build_are_no_change(command, medians):
+    *same, noise = medians
+
+    for old in same:
+        for new in same:
+            assert command(run(new, noise), run(old, noise)) == 0
+    in_one_process = same[:2]
+    assert command(run(in_one_process[0], noise, base=spread(in_one_process[1])), None) == 0
+    assert command(run(in_one_process[1], noise, base=spread(in_one_process[0])), None) == 0
+
+
+@pytest.mark.parametrize(("medians", "slowed"), [*zip(SAME_BUILD[:2], SLOWED, strict=True)])
+def test_a_slowed_build_is_named_against_each_of_them(command, capsys, medians, slowed):
+    *same, noise = medians
+
+    for old in same:
+        assert command(run(slowed, noise), run(old, noise)) == 1
+        assert command(run(slowed, noise, base=spread(old)), None) == 1
+    assert capsys.readouterr().out.count("SLOWER") == 2 * len(same)
 
 
 def test_a_run_that_is_not_there_is_said_in_words(tmp_path, capsys):

@@ -33,8 +33,12 @@ class Contestant(Protocol):
             prompts: token ids [batch, context]; a decode starts with the last one of each.
         """
 
-    def run(self) -> None:
-        """The timed call; what it computed is on the device or the host afterwards."""
+    def run(self) -> float | None:
+        """The timed call; what it computed is on the device or the host afterwards.
+
+        Returns:
+            Seconds, of a contestant whose process is not the one that times it.
+        """
 
     def token_ids(self) -> np.ndarray:
         """What the last run chose: int [steps, batch]; of a prefill [1, 1]."""

@@ -6,9 +6,10 @@ What the timed calls left behind is checked. The results are written to build/be
 chosen by $BENCH_PEERS; $BENCH_BASE names another checkout of this engine, built, as a contestant.
 """
 
+import functools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from engine.bindings import CSRC, Library
-from engine.config import ModelConfig
+from engine.config import EngineConfig, ModelConfig
 from engine.models import resolve
 from engine.source_stamp import source_stamp
 from tests.benchmarks import gpu
@@ -27,6 +28,7 @@ from tests.benchmarks.contestants import (
     prompts_of,
     room_for,
 )
+from tests.benchmarks.peers.apart import Apart, PeerError
 from tests.benchmarks.points import MODEL, POINTS, Limits, Point, floor_ms
 from tests.benchmarks.timing import Interleaved, Spread, noise
 from verification.gpu_record import gpu_source_stamp
@@ -35,8 +37,14 @@ ROUNDS = 7
 OUTPUT = CSRC.parent / "build" / "bench.json"
 PEERS = os.environ.get("BENCH_PEERS", "graph,eager,compiled").split(",")
 AGAIN = "touchstone again"  # the same engine among the others
-# Compiling takes half a minute a point.
-COMPILED_POINTS = ("decode B=1, 128", "decode B=8, 512", "prefill B=1, 512")
+# Side by side; each takes a minute of a core or more.
+COMPILED_POINTS = (
+    "decode B=1, 128",
+    "decode B=8, 512",
+    "decode B=32, 512",
+    "decode B=128, 512",
+    "prefill B=1, 512",
+)
 MAX_SHORTFALL = 0.5  # sigma, of a peer's first tokens: ten times bf16's error, an eighth of chance
 
 pytestmark = pytest.mark.gpu
@@ -45,7 +53,7 @@ pytestmark = pytest.mark.gpu
 class Session:
     """Everything that lives from the first point to the last, and what was found."""
 
-    def __init__(self) -> None:
+    def __init__(self, points: Sequence[Point]) -> None:
         self.directory = resolve(MODEL)
         self.config = ModelConfig.from_directory(self.directory)
         self.results: dict = {
@@ -67,9 +75,9 @@ class Session:
         taken = free - torch.cuda.mem_get_info()[0]
         beyond = taken - memory["weights"] - memory["kv_cache"]
         self.results["memory"] = {**memory, "taken": taken, "beyond": beyond}
-        self.others: list[Contestant] = self._others(room)
+        self.others: list[Contestant] = self._others(room, points)
 
-    def _others(self, room) -> list[Contestant]:
+    def _others(self, room: EngineConfig, points: Sequence[Point]) -> list[Contestant]:
         from tests.benchmarks.peers.hugging_face import CompiledTransformers, Transformers
         from tests.benchmarks.peers.torch_graph import TorchGraph
 
@@ -82,12 +90,17 @@ class Session:
             others.append(Touchstone(self.directory, room, library, "base"))
         if "graph" in PEERS:
             others.append(TorchGraph(self.directory))
-        if {"eager", "compiled"} & set(PEERS):
-            eager = Transformers(self.directory)
-            others += [eager] if "eager" in PEERS else []
-            if "compiled" in PEERS:
-                others.append(CompiledTransformers(self.directory, model=eager.model))
-        return others
+        if "eager" in PEERS:
+            others.append(Transformers(self.directory))
+        self.apart: list[Apart] = []
+        if "compiled" in PEERS:
+            make = functools.partial(CompiledTransformers, self.directory)
+            prompts = functools.partial(prompts_of, vocab_size=self.config.vocab_size)
+            few = [point for point in points if point.name in COMPILED_POINTS]
+            self.apart.append(Apart(CompiledTransformers.name, make, gpu.clock, few, prompts))
+        for each in self.apart:
+            each.wait()
+        return others + self.apart
 
     def write(self) -> None:
         """Writes bench.json; a run without every point is not a pass."""
@@ -99,13 +112,17 @@ class Session:
 
 
 @pytest.fixture(scope="module")
-def session() -> Iterator[Session]:
+def session(request: pytest.FixtureRequest) -> Iterator[Session]:
     if not torch.cuda.is_available() or not Library().has_cuda:
         pytest.skip("requires a CUDA device and a library built with nvcc")
-    made = Session()
+    mine = (item for item in request.session.items if item.module is request.module)
+    chosen = [item.callspec.params["point"] for item in mine if hasattr(item, "callspec")]
+    made = Session(chosen)
     yield made
     made.write()
     made.ours.close()
+    for each in made.apart:
+        each.close_all()
 
 
 @pytest.mark.benchmark(timer=gpu.clock, disable_gc=True)
@@ -116,31 +133,25 @@ def test_point(benchmark, session: Session, point: Point):
     ready, missing = _prepare(session.others, point, prompts)
     turns = {AGAIN: ours.run, **{other.name: other.run for other in ready}}
     others = {name: Interleaved({name: call}, gpu.clock) for name, call in turns.items()}
+    by_turns = functools.partial(_turn, others, missing)
     for _ in range(2):  # warm-up: compiles, and lets the clocks rise
         ours.run()
-        for other in others.values():
-            other.turn()
+        by_turns()
     for other in others.values():
         other.forget()
-
-    def by_turns() -> None:
-        for other in others.values():
-            other.turn()
 
     benchmark.group = point.kind
     benchmark.pedantic(ours.run, setup=by_turns, rounds=ROUNDS, iterations=1)
 
+    ready = {other: seconds for other, seconds in ready.items() if other.name in others}
     row = _row(session, point, benchmark.stats.stats.data, others, ready)
     missing |= dict.fromkeys(session.left_out, "left out by BENCH_PEERS")
     row["contestants"] |= {name: {"not run": why} for name, why in missing.items()}
     row["checked"] = ours.check(point, prompts)
     row["clocks"] = gpu.clocks()
     for other, seconds in ready.items():
-        ids, entry = other.token_ids(), row["contestants"][other.name]
-        entry["ready_seconds"] = round(seconds, 2)
-        entry["agreement"] = round(agreement(ids, ours.token_ids()), 3)
-        entry["shortfall"] = round(ours.shortfall(ids[0]), 4)
-        entry["outputs"] = "ok" if entry["shortfall"] <= MAX_SHORTFALL else "differ"
+        row["contestants"][other.name] |= _outputs(ours, other)
+        row["contestants"][other.name]["ready_seconds"] = round(seconds, 2)
         if not isinstance(other, Touchstone):
             other.close()  # this point's memory
     torch.cuda.empty_cache()
@@ -159,18 +170,39 @@ def _prepare(
     """Who is ready for a point after how many seconds, and why the rest is not."""
     ready, missing = {}, {}
     for other in others:
-        if "torch.compile" in other.name and point.name not in COMPILED_POINTS:
-            missing[other.name] = f"compiled for {', '.join(COMPILED_POINTS)} alone"
-            continue
         began = gpu.clock()
         try:
             other.prepare(point, prompts)
             other.run()  # the first one compiles
-            ready[other] = gpu.clock() - began
+            ready[other] = getattr(other, "ready_seconds", gpu.clock() - began)
         except Exception as error:  # a peer's failure is no failure of the engine; it is told
             words = [type(error).__name__, *str(error).splitlines()[:1]]
             missing[other.name] = ": ".join(words)[:200]
     return ready, missing
+
+
+def _outputs(ours: Touchstone, other: Contestant) -> dict:
+    """How what another chose in its timed calls compares with this engine's; for bench.json."""
+    try:
+        ids = other.token_ids()
+    except PeerError as error:
+        return {"outputs": f"not told: {error}"[:200]}
+    shortfall = round(ours.shortfall(ids[0]), 4)
+    return {
+        "agreement": round(agreement(ids, ours.token_ids()), 3),
+        "shortfall": shortfall,
+        "outputs": "ok" if shortfall <= MAX_SHORTFALL else "differ",
+    }
+
+
+def _turn(others: dict[str, Interleaved], missing: dict[str, str]) -> None:
+    """Everybody once; who fails in a process of its own is left out from then on."""
+    for name, other in list(others.items()):
+        try:
+            other.turn()
+        except PeerError as error:
+            missing[name] = f"failed while it was timed: {error}"[:200]
+            del others[name]
 
 
 def _row(

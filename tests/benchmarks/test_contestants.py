@@ -6,11 +6,13 @@ import torch
 
 from engine.bindings import Library
 from engine.models import resolve
-from tests.benchmarks import test_bench_gpu
+from tests.benchmarks import points, test_bench_gpu
 from tests.benchmarks.contestants import Touchstone, agreement, prompts_of, room_for
+from tests.benchmarks.peers.apart import PeerError
 from tests.benchmarks.peers.hugging_face import CompiledTransformers, Transformers
 from tests.benchmarks.peers.torch_graph import TorchGraph
 from tests.benchmarks.points import Point
+from tests.benchmarks.timing import Interleaved
 
 MODEL = "toy-gqa4"
 POINTS = (
@@ -115,13 +117,35 @@ def test_a_peer_that_fails_is_told_and_the_others_are_ready(monkeypatch):
 
     monkeypatch.setattr(test_bench_gpu.gpu, "clock", time.perf_counter)
     point = Point("decode", 2, 17, 1.0)
-    peers = [Peer("one"), Peer("two", fails=True), Peer("with torch.compile")]
+    peers = [Peer("one"), Peer("two", fails=True)]
 
     ready, missing = test_bench_gpu._prepare(peers, point, prompts_of(point, 256))
 
     assert [peer.name for peer in ready] == ["one"] and all(s >= 0 for s in ready.values())
-    assert missing["two"] == "RuntimeError: no room"
-    assert missing["with torch.compile"].startswith("compiled for decode B=1, 128, ")
+    assert missing == {"two": "RuntimeError: no room"}
+
+
+def test_what_is_compiled_is_a_point():
+    assert set(test_bench_gpu.COMPILED_POINTS) <= {point.name for point in points.POINTS}
+
+
+def test_a_peer_apart_that_fails_while_it_is_timed_is_left_out_and_told():
+    calls = []
+
+    def dies() -> float:
+        raise PeerError("its process ended, exit status -6")
+
+    others = {
+        name: Interleaved({name: call}, time.perf_counter)
+        for name, call in {"dies": dies, "lives": lambda: calls.append(1)}.items()
+    }
+    missing: dict[str, str] = {}
+
+    test_bench_gpu._turn(others, missing)
+    test_bench_gpu._turn(others, missing)
+
+    assert list(others) == ["lives"] and len(calls) == 2
+    assert missing == {"dies": "failed while it was timed: its process ended, exit status -6"}
 
 
 def test_a_peer_that_fails_without_a_word_is_told_and_stops_nobody(monkeypatch):

@@ -25,6 +25,13 @@ def test_a_call_takes_what_the_clock_says():
     assert time_once(clock.work(2.0), clock) == 2.0
 
 
+def test_a_call_that_tells_its_own_seconds_is_believed():
+    clock = Clock()
+
+    assert time_once(lambda: clock.work(2.0)() or 0.5, clock) == 0.5
+    assert time_once(lambda: clock.work(2.0)() or 0.0, clock) == 0.0
+
+
 def test_calls_take_turns():
     order: list[str] = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}

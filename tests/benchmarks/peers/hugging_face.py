@@ -96,13 +96,17 @@ class CompiledTransformers(Transformers):
         self._compiled = compiled
 
     def prepare(self, point: Point, prompts: np.ndarray) -> None:
-        """Fills the cache; the first run compiles for this point's shapes alone."""
-        torch._dynamo.reset()
+        """Fills the cache; the first run compiles for this point's shapes alone.
+
+        What is compiled names this cache by its address, and torch's compiler is not reset: that
+        would unload kernels that others of the process have captured. So one point, one process.
+        """
         self._step = self._compiled(self._one_step, mode="reduce-overhead", dynamic=False)
         super().prepare(point, prompts)
         if point.kind == "prefill":
             with torch.inference_mode():
                 self._cache = self._filled(self._tokens)  # allocates; every run writes it anew
+        torch.cuda.empty_cache()  # what filling took: processes of other points need it now
 
     def _filled(self, tokens: Tensor) -> StaticCache:
         room = self._point.context + (MAX_STEPS if self._point.kind == "decode" else 0)

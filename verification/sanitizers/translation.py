@@ -9,6 +9,7 @@ a wrong count of threads in `bar.sync` itself: synccheck and the bits stand for 
 Knows the texts that it replaces and the Makefile; reads no report.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -94,5 +95,5 @@ def translate(root: Path, folder: Path, nvcc: str, output: Output) -> Path:
         path.write_text(edit.apply(path.read_text(encoding="utf-8")), encoding="utf-8")
     # What an outer make exports must not reach this one.
     make = ("env", "-u", "MAKEFLAGS", "-u", "MFLAGS", "-u", "MAKELEVEL", "make", "--silent")
-    output(*make, "-C", str(folder), f"NVCC={nvcc}", "VENV=system", "build")
+    output(*make, f"-j{os.cpu_count()}", "-C", str(folder), f"NVCC={nvcc}", "VENV=system", "build")
     return library

@@ -87,7 +87,7 @@ def build_guarded_twin(folder: Path) -> Guarded:
 def link_guarded_library(folder: Path) -> Guarded:
     """The library's own objects, its kernels among them, linked once more."""
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
-    if not nvcc:
+    if not nvcc:  # a library that was built elsewhere: device code is linked by nvcc alone
         pytest.skip("requires nvcc")
     path = folder / "libguarded.so"
     flags = ["-std=gnu11", "-O1", "-fPIC", "-fvisibility=hidden"]

@@ -1,9 +1,8 @@
 """Contestants in processes of their own, one for each point, made ready all at the same time.
 
-A fault on the device ends every program of the process that it happens in; and what a compiler
-holds is one state for the whole process: dropping one contestant's code unloads kernels that
-another has captured. So who compiles lives apart. The process times its own calls: the pipe is not
-in the figure. Knows no model and no device.
+A fault on the device ends every program of the process that it happens in, and what a compiler
+holds is one state for the whole process. So who compiles lives apart: its fault is a line in the
+table. The process times its own calls: the pipe is not in the figure. Knows no model and no device.
 """
 
 import multiprocessing

@@ -5,23 +5,14 @@ numbers were measured. Every rule gives a Verdict: pass or fail, with the reason
 has an argument that loosens it. Whole models (layers, logits, tokens) are judged in `composition`.
 """
 
-import math
 from dataclasses import dataclass
 
 from verification.signed_statistics import MAX_Z_CELL, MAX_Z_COLUMN, MAX_Z_ROW
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
 
-# Share of replayed values that may fall to the other side of an inner rounding,
-MAX_DIFFERING = 1e-3
-MAX_INNER_ULP = 1  # and how far, at that rounding
+MAX_INNER_ULP = 1  # of replayed values: explained by one inner rounding, see replay.Explain
 MAX_RATIO = 1.0  # |error| / budget
-
-# Correct engines differ from the replay in at most 3 of 10,000 values (measured; verification notes
-# 2.2). A small cell is allowed what chance gives at that rate, so that two values of one row are no
-# verdict.
-USUAL_DIFFERING = 3e-4
-_CHANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -45,24 +36,6 @@ def failed(reason: str) -> Verdict:
     return Verdict(FAIL, reason)
 
 
-def allowed_differing(num_values: int) -> int:
-    """How many replayed values may differ: 1 in 1000, or chance's share of a small number."""
-    return max(math.floor(num_values * MAX_DIFFERING), _poisson_limit(num_values * USUAL_DIFFERING))
-
-
-def _poisson_limit(mean: float) -> int:
-    """The smallest count that Poisson(mean) exceeds with probability below _CHANCE."""
-    if mean > 700:  # exp underflows; far below 1 in 1000 of such a number anyway
-        return 0
-    term = below = math.exp(-mean)
-    count = 0
-    while 1.0 - below > _CHANCE:
-        count += 1
-        term *= mean / count
-        below += term
-    return count
-
-
 def judge_bits(differing: int, num_values: int, other: str) -> Verdict:
     """Grade bits: equal in every element.
 
@@ -75,15 +48,16 @@ def judge_bits(differing: int, num_values: int, other: str) -> Verdict:
 
 
 def judge_replayed(differing: int, num_values: int, max_ulp: int, other: str) -> Verdict:
-    """Grade exact where an inner rounding is open: few differ, by one ULP of that rounding."""
+    """Grade exact where an inner rounding is open: it explains every value that differs.
+
+    Args:
+        max_ulp: the largest of replay.Explain.
+    """
     if max_ulp > MAX_INNER_ULP:
         return failed(
-            f"a value is {_ulps(max_ulp)} from {other} at the inner rounding, 1 is allowed; "
-            f"{differing} of {num_values} differ"
+            f"{differing} of {num_values} values differ from {other}, and not only at borders of a "
+            "rounding that float32's precision leaves open"
         )
-    allowed = allowed_differing(num_values)
-    if differing > allowed:
-        return failed(f"{differing} of {num_values} values differ from {other}, {allowed} may")
     return PASSED
 
 
@@ -118,7 +92,3 @@ def judge_columns(z_column: float, channel: int) -> Verdict:
 def first_failure(*verdicts: Verdict) -> Verdict:
     """The first of some verdicts that is not a pass, or a pass."""
     return next((verdict for verdict in verdicts if not verdict.passed), PASSED)
-
-
-def _ulps(count: int) -> str:
-    return f"{count} ULP" if count < 2**31 - 1 else "NaN, which is infinitely far"

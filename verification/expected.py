@@ -78,15 +78,23 @@ class LayerTruth:
             rows = x[0][run.logit_rows] if tap == "final_norm" else x[0]
             return replay.rms_norm(rows, weight, self._config.rms_norm_eps)
         if operation == "rotary_embedding":
+            if not self._rope.is_own:
+                return self.expect_of_transformers(tap, run)
             cos, sin = self._rope.of(run.positions)
-            head_dim, is_own = self._config.head_dim, self._rope.is_own
-            return replay.rotary_embedding(x[0], cos, sin, head_dim, is_own)
+            return replay.rotary_embedding(x[0], cos, sin, self._config.head_dim)
         if operation == "silu_and_mul":
             return replay.silu_and_mul(*x)
         if operation == "residual_add":
             return replay.residual_add(*x)
         assert operation == "embedding"
         return replay.embedding(self._weight(tap), run.token_ids)
+
+    def expect_of_transformers(self, tap: str, run: Pass) -> Replayed:
+        """What RoPE gives with transformers' table, or with one that may be as right."""
+        x = run.inputs[self._sources(tap)[0]]
+        cos, sin = self._reference.rope_table(run.positions.tolist())
+        bounds = replay.table_bounds(cos, sin, run.positions, self._reference.inv_freq())
+        return replay.rotary_embedding(x, cos, sin, self._config.head_dim, bounds)
 
     def _sources(self, tap: str) -> list[tuple[str, int]]:
         num_layers = self._config.num_layers

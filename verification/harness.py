@@ -151,7 +151,6 @@ def verify_engine(
         run.grade_probes(probes)
     for group in groups:
         run.grade_group(group)
-    run.operators.finish()
     run.whole.finish()
     work.step("done")
     seconds = round(time.monotonic() - clock, 3)

@@ -14,7 +14,6 @@ from engine.config import ModelConfig
 from verification import compare, measure
 from verification.compare import Verdict
 from verification.elements import (
-    distinct_rows,
     num_differing,
     position_of,
     segment_of,
@@ -29,27 +28,10 @@ from verification.oracle import Reference
 from verification.passes import LOCAL, Pass, Segment
 from verification.replay import Replayed
 from verification.results import Cell, no_histogram
-from verification.taps import LAYER_POINTS, POINT, Point, TapKey
+from verification.rounding import same_bits
+from verification.taps import LAYER_POINTS, POINT, Point
 
-COPIES = ("embedding", "residual_add")  # no rounding is open: every bit must agree
 OTHER_BITS = "the same tokens in prefill"
-
-PoolKey = tuple[str, str, str, int]  # mode, phase, tap, layer
-
-
-@dataclass
-class Pool:
-    """Counts of one tap and layer over all prompts of a run."""
-
-    values: int = 0
-    differing: int = 0  # from the replay
-    from_reference: int = 0  # from transformers' own values
-
-    def add(self, other: "Pool") -> None:
-        """Takes in more values."""
-        self.values += other.values
-        self.differing += other.differing
-        self.from_reference += other.from_reference
 
 
 class LayerGrader:
@@ -70,7 +52,6 @@ class LayerGrader:
         self._is_last = layer == config.num_layers - 1
         self.cells: list[Cell] = []
         self.findings: list[Finding] = []
-        self.pools: dict[PoolKey, Pool] = defaultdict(Pool)
         self.histograms: dict[str, list[int]] = defaultdict(no_histogram)
 
     def grade(self, runs: Collection[Pass]) -> None:
@@ -136,51 +117,23 @@ class LayerGrader:
             verdict = compare.judge_bounded(ratio, z, z_row)
             max_ulp = None  # where terms cancel, ULPs are many and mean nothing; the budget knows
         else:
-            from_reference = differing
+            verdict = _judge_exact(expected, differing, values, max_ulp, "the replay")
             if run.reference is not None:
-                from_reference = num_differing(got, run.reference[key][rows])
-            counts = Pool(values, differing, from_reference)
-            if point.operation not in COPIES:
-                if differing or from_reference:
-                    counts = self._distinct(expected, run, key, measured, rows)
-                self.pools[run.mode, run.phase, point.name, layer].add(counts)
-            verdict = self._judge_exact(point, expected, counts, max_ulp)
-            differing = from_reference
+                differing = num_differing(got, run.reference[key][rows])
+            if run.reference is not None and differing:
+                own = expected
+                if point.operation == "rotary_embedding":
+                    own = self._truth.expect_of_transformers(point.name, run)
+                both = (run.outputs[key], run.reference[key])
+                largest = max(_max_ulp(own, each, rows) for each in both)
+                as_theirs = _judge_exact(own, differing, values, largest, "transformers")
+                verdict = compare.first_failure(verdict, as_theirs)
         if from_twin is not None:
             verdict = compare.first_failure(
                 verdict, compare.judge_bits(from_twin, values, OTHER_BITS)
             )
             differing = from_twin
         return verdict, Numbers(ratio, differing, values, z, max_ulp)
-
-    @staticmethod
-    def _distinct(
-        expected: Replayed, run: Pass, key: TapKey, measured: Measured, rows: slice
-    ) -> Pool:
-        """Counts with equal rows taken once: a token that repeats repeats its roundings.
-
-        The number that may differ is chance's among independent roundings.
-        """
-        got, known = run.outputs[key][rows], run.reference
-        alike = [expected.value[rows], got] + ([] if known is None else [known[key][rows]])
-        first = distinct_rows(torch.cat(alike, 1))
-        differing = from_reference = int(measured.differing[rows][first].sum())
-        if known is not None:
-            from_reference = num_differing(got[first], known[key][rows][first])
-        return Pool(got[first].numel(), differing, from_reference)
-
-    @staticmethod
-    def _judge_exact(point: Point, expected: Replayed, counts: Pool, max_ulp: int) -> Verdict:
-        values, differing, from_reference = counts.values, counts.differing, counts.from_reference
-        if point.operation in COPIES:
-            as_reference = compare.judge_bits(from_reference, values, "transformers")
-        else:
-            as_reference = compare.judge_replayed(from_reference, values, 0, "transformers")
-        if expected.explain is None:
-            as_replay = compare.judge_bits(differing, values, "the replay")
-        else:
-            as_replay = compare.judge_replayed(differing, values, max_ulp, "the replay")
-        return compare.first_failure(as_replay, as_reference)
 
     def _grade_logits(self, runs: Collection[Pass]) -> None:
         """All passes at once, so that each slice of the lm_head is upcast once."""
@@ -295,3 +248,17 @@ def _guilty(measured: Measured, rows: slice) -> slice:
     row = rows.start + int(measured.z_row[rows].argmax())
     is_guilty = float(measured.z_row[row]) > compare.MAX_Z_ROW
     return slice(row, row + 1) if is_guilty else rows
+
+
+def _max_ulp(expected: Replayed, got: torch.Tensor, rows: slice) -> int:
+    unequal = ~same_bits(got[rows], expected.value[rows])
+    where = rows.start * got.shape[1] + unequal.reshape(-1).nonzero()[:, 0]
+    return int(expected.inner_ulps(got, where).max()) if len(where) else 0
+
+
+def _judge_exact(
+    expected: Replayed, differing: int, values: int, max_ulp: int, other: str
+) -> Verdict:
+    if expected.explain is None:
+        return compare.judge_bits(differing, values, other)
+    return compare.judge_replayed(differing, values, max_ulp, other)

@@ -1,6 +1,6 @@
-"""Grades the operations of passes, layer by layer, and judges what is pooled over all prompts.
+"""Grades the operations of passes, layer by layer.
 
-Keeps cells, ULP histograms and the counts of differing values of a run; knows nothing of how the
+Keeps cells and ULP histograms of a run; knows nothing of how the
 engine was run, of single operations (`layer_grader`) or of whole models.
 """
 
@@ -8,12 +8,11 @@ from collections import defaultdict
 from collections.abc import Callable, Collection
 
 from engine.config import ModelConfig
-from verification import compare
 from verification.diagnosis.library import diagnosis_of, few_logits
 from verification.diagnosis.scene import Scene
 from verification.expected import Bounded, LayerTruth, RopeRows, expected_logits
-from verification.layer_grader import LayerGrader, Pool, PoolKey
-from verification.localise import Finding, Findings
+from verification.layer_grader import LayerGrader
+from verification.localise import Findings
 from verification.oracle import Reference
 from verification.passes import Pass
 from verification.replay import Replayed
@@ -24,7 +23,7 @@ from verification.workers import in_order
 
 
 class OperatorGrader:
-    """Grades passes; hold one for a whole run, then ask it for `finish`.
+    """Grades passes; hold one for a whole run.
 
     Args:
         reference: the bfloat16 transformers model.
@@ -47,7 +46,6 @@ class OperatorGrader:
         self._rope = rope
         self._findings = findings
         self._wants = wants
-        self._pools: dict[PoolKey, Pool] = defaultdict(Pool)
         self.cells: list[Cell] = []
         self.histograms: dict[str, list[int]] = defaultdict(no_histogram)
 
@@ -71,8 +69,6 @@ class OperatorGrader:
             self.cells += graded.cells
             for finding in graded.findings:
                 self._findings.add(finding)
-            for key, pool in graded.pools.items():
-                self._pools[key].add(pool)
             for tap, counts in graded.histograms.items():
                 total = self.histograms[tap]
                 total[:] = [a + b for a, b in zip(total, counts, strict=True)]
@@ -97,17 +93,3 @@ class OperatorGrader:
             return expected_logits(truth, *scene.inputs())
         truth = LayerTruth(self._reference, self._config, layer, self._rope)
         return truth.expect(scene.tap, scene.run)
-
-    def finish(self) -> None:
-        """Judges what is pooled over all prompts: the share of differing values."""
-        for (mode, phase, tap, layer), pool in self._pools.items():
-            for count, other in (
-                (pool.differing, "the replay"),
-                (pool.from_reference, "transformers"),
-            ):
-                verdict = compare.judge_replayed(
-                    count, pool.values, 0, f"{other}, all prompts together"
-                )
-                if not verdict.passed:
-                    finding = Finding(mode, phase, None, layer, tap, "exact", verdict)
-                    self._findings.add(finding)

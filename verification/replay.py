@@ -3,12 +3,18 @@
 Follows the rounding points of docs/numerics.md, which are those of transformers in bfloat16, and
 computes what lies between them in float64. Knows nothing of engines or verdicts. Where an engine
 may sum in another order (RMSNorm) or use another exp or cos, a value may fall to the other side of
-an *inner* rounding; so each such replay also tells how many ULPs of that inner rounding explain a
-differing result.
+an *inner* rounding. So each such replay also tells whether that explains a differing result: the
+exact value must lie as near to the border between two bfloat16 numbers as float32 can err.
+
+No count of differing values is taken: they do not differ one by one. A row of RMSNorm has one
+factor; near a border for one significand, all channels of that significand fall together, and near
+a factor as round as 1.5 most of the row does.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -16,11 +22,19 @@ from torch import Tensor
 
 from verification.rounding import neighbour, same_bits, to_bf16, ulp_distance
 
-# Steps tried at the inner rounding; beyond them the result's own distance is reported.
-MAX_INNER_ULPS = 4
+U32 = 2.0**-24  # of one rounding to float32, at most, relative
+# Times the standard deviation of a sum's error, which grows with the root of its length; DESIGN's.
+LAMBDA = 6
+# Of float32 in gate * sigmoid(gate) at most, beside exp's argument, whose own rounding counts as
+# often as the argument is large.
+SILU_ROUNDINGS = 16
 
-# (got, flat indices) -> ULPs at the inner rounding that explain each of those values, int64
+# (got, flat indices) -> of each of those values 0: the expected bits; 1: those beyond the border of
+# the inner rounding, where the exact value lies at it; else the results' distance in ULPs, 2 at
+# least. int64
 Explain = Callable[[Tensor, Tensor], Tensor]
+# flat indices -> results there, the inner rounding fallen otherwise, and where it may have, bool
+Candidates = Callable[[Tensor], list[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -29,37 +43,49 @@ class Replayed:
 
     Args:
         value: bfloat16 [rows, width].
-        explain: how far the inner rounding went another way; None where none is open, so that every
-            bit must be equal.
+        explain: whether an inner rounding that fell otherwise explains a value; None where none is
+            open, so that every bit must be equal.
     """
 
     value: Tensor
     explain: Explain | None = None
 
     def inner_ulps(self, got: Tensor, where: Tensor) -> Tensor:
-        """ULPs of `got` at flat indices `where`: at the inner rounding if one is open, int64."""
+        """ULPs of `got` at flat indices `where`, as Explain has them, int64."""
         if self.explain is not None:
             return self.explain(got, where)
         return ulp_distance(got.reshape(-1)[where], self.value.reshape(-1)[where])
 
 
-def _by_shifts(value: Tensor, shifted: Callable[[Tensor, int], list[Tensor]]) -> Explain:
-    """Explains a value by trying the inner rounding some ULPs further.
-
-    Args:
-        shifted: (flat indices, steps) -> the results there, one tensor per way of going that far.
-    """
+def _explained_by(value: Tensor, candidates: Candidates) -> Explain:
+    """Explains what has the bits of a candidate that is open."""
 
     def explain(got: Tensor, where: Tensor) -> Tensor:
         expected, got = value.reshape(-1)[where], got.reshape(-1)[where]
-        result = ulp_distance(got, expected).clamp_min(MAX_INNER_ULPS + 1)
-        for steps in range(MAX_INNER_ULPS, 0, -1):
-            for signed in (steps, -steps):
-                for candidate in shifted(where, signed):
-                    result = torch.where(same_bits(candidate, got), steps, result)
+        result = ulp_distance(got, expected).clamp_min(2)
+        for candidate, is_open in candidates(where):
+            result = torch.where(same_bits(candidate, got) & is_open, 1, result)
         return torch.where(same_bits(got, expected), 0, result)
 
     return explain
+
+
+def _across_border(
+    exact: Tensor, rounded: Tensor, reach: Tensor | float
+) -> list[tuple[Tensor, Tensor]]:
+    """Both neighbours of some roundings, and whether float32's error may lead to them.
+
+    Args:
+        exact: float64.
+        rounded: exact in bfloat16.
+        reach: the error, relative.
+    """
+    found = []
+    for step in (1, -1):
+        moved = neighbour(rounded, step)
+        border = (rounded.to(torch.float64) + moved.to(torch.float64)) / 2
+        found.append((moved, (exact - border).abs() <= reach * exact.abs()))
+    return found
 
 
 def embedding(table: Tensor, token_ids: Tensor) -> Replayed:
@@ -74,19 +100,23 @@ def residual_add(x: Tensor, y: Tensor) -> Replayed:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Replayed:
     """bf(weight * bf(x / sqrt(mean(x^2) + eps))), statistics in float64, eps as in float32."""
+    width = x.shape[-1]
     wide = x.to(torch.float64)
     mean = wide.square().mean(-1, keepdim=True)
-    inner = to_bf16(wide / (mean + float(np.float32(eps))).sqrt_())
+    root = (mean + float(np.float32(eps))).sqrt_()
+    inner = to_bf16(wide / root)
+    reach = (LAMBDA + math.sqrt(width)) * U32  # the sum of squares in any order, root and product
 
     def scaled(inner: Tensor, weight: Tensor) -> Tensor:
         return to_bf16(inner.to(torch.float32) * weight.to(torch.float32))
 
-    def shifted(where: Tensor, steps: int) -> list[Tensor]:
-        moved = neighbour(inner.reshape(-1)[where], steps)
-        return [scaled(moved, weight[where % len(weight)])]
+    def candidates(where: Tensor) -> list[tuple[Tensor, Tensor]]:
+        exact = x.reshape(-1)[where].to(torch.float64) / root.reshape(-1)[where // width]
+        across = _across_border(exact, inner.reshape(-1)[where], reach)
+        return [(scaled(moved, weight[where % width]), is_open) for moved, is_open in across]
 
     value = scaled(inner, weight)
-    return Replayed(value, _by_shifts(value, shifted))
+    return Replayed(value, _explained_by(value, candidates))
 
 
 def silu_and_mul(gate: Tensor, up: Tensor) -> Replayed:
@@ -97,23 +127,30 @@ def silu_and_mul(gate: Tensor, up: Tensor) -> Replayed:
     def scaled(inner: Tensor, up: Tensor) -> Tensor:
         return to_bf16(inner.to(torch.float32) * up.to(torch.float32))
 
-    def shifted(where: Tensor, steps: int) -> list[Tensor]:
-        return [scaled(neighbour(inner.reshape(-1)[where], steps), up.reshape(-1)[where])]
+    def candidates(where: Tensor) -> list[tuple[Tensor, Tensor]]:
+        own = gate.reshape(-1)[where].to(torch.float64)
+        reach = (SILU_ROUNDINGS + own.abs()) * U32
+        across = _across_border(own * torch.sigmoid(own), inner.reshape(-1)[where], reach)
+        return [(scaled(moved, up.reshape(-1)[where]), is_open) for moved, is_open in across]
 
     value = scaled(inner, up)
-    return Replayed(value, _by_shifts(value, shifted))
+    return Replayed(value, _explained_by(value, candidates))
 
 
 def rotary_embedding(
-    x: Tensor, cos: Tensor, sin: Tensor, head_dim: int, is_own_table: bool
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    head_dim: int,
+    bounds: tuple[Tensor, Tensor] | None = None,
 ) -> Replayed:
     """Half-split rotation, each product and the sum rounded to bfloat16.
 
     Args:
         x: bfloat16 [rows, num_heads * head_dim].
         cos, sin: bfloat16 [rows, head_dim / 2], a row per row of x.
-        is_own_table: cos and sin are the very ones that were used, so nothing is open: products of
-            bfloat16 are exact in float32. Else a step of cos or sin is the inner rounding.
+        bounds: of another table that might have been used, see table_bounds; None: this very one
+            was, so that nothing is open: products of bfloat16 are exact in float32.
     """
     rows, width = x.shape
     half = head_dim // 2
@@ -127,26 +164,49 @@ def rotary_embedding(
         across = to_bf16(partner.to(torch.float32) * s.to(torch.float32))
         return to_bf16(along.to(torch.float32) + sign * across.to(torch.float32))
 
-    def shifted(where: Tensor, steps: int) -> list[Tensor]:
+    value = rotated(halves, partner, c, s, sign).reshape(rows, width)
+    if bounds is None:
+        return Replayed(value)
+
+    def candidates(where: Tensor) -> list[tuple[Tensor, Tensor]]:
         row, column = where // width, where % width
         at = (row, column // head_dim, column % head_dim // half, column % half)
-        here = [t[at] for t in (halves, partner, c, s, sign)]
-        candidates = []
-        for c_steps, s_steps in ((steps, 0), (0, steps), (steps, steps), (steps, -steps)):
-            moved = (neighbour(here[2], c_steps), neighbour(here[3], s_steps))
-            candidates.append(rotated(here[0], here[1], *moved, here[4]))
-        return candidates
+        own_x, own_partner, own_sign = (t[at] for t in (halves, partner, sign))
+        of_cos = [c[at], *(bound[row, column % half] for bound in bounds)]
+        of_sin = [s[at], *(bound[row, half + column % half] for bound in bounds)]
+        return [
+            (rotated(own_x, own_partner, each_c, each_s, own_sign), torch.tensor(True))
+            for each_c, each_s in product(of_cos, of_sin)
+        ]
 
-    value = rotated(halves, partner, c, s, sign).reshape(rows, width)
-    return Replayed(value, None if is_own_table else _by_shifts(value, shifted))
+    return Replayed(value, _explained_by(value, candidates))
+
+
+def table_bounds(
+    cos: Tensor, sin: Tensor, positions: Tensor, inv_freq: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest of what cos and sin may be, cos beside sin, as in rope_table.
+
+    A frequency or an angle may be a float32 ULP off, as implementations of pow differ: two
+    roundings of the angle, and as many of the result, which is all there is at an extremum.
+    """
+    angle = positions.to(torch.float64)[:, None] * inv_freq.to(torch.float64)
+    reach = angle * 4 * U32
+
+    def at(shift: Tensor, stretch: float) -> Tensor:
+        exact = torch.cat(((angle + shift).cos(), (angle + shift).sin()), 1)
+        return to_bf16(exact * stretch).to(torch.float32)
+
+    ways = [at(shift, 1 + sign * 2 * U32) for shift in (-reach, reach) for sign in (-1, 1)]
+    all_ways = torch.stack((torch.cat((cos, sin), 1).to(torch.float32), *ways))
+    return to_bf16(all_ways.amin(0)), to_bf16(all_ways.amax(0))
 
 
 def rope_table(cos: Tensor, sin: Tensor, positions: Tensor, inv_freq: Tensor) -> Replayed:
     """Transformers' cos beside its sin; the inner rounding that is open is the float32 angle's.
 
-    A frequency or an angle may be a float32 ULP off, as implementations of pow differ. Near a zero
-    of cos that is many bfloat16 ULPs, so a value counts as 1 ULP off if an angle that lies within
-    two float32 roundings gives it.
+    Near a zero of cos a rounding of the angle is many bfloat16 ULPs: a value is explained by lying
+    between its bounds.
 
     Args:
         cos, sin: bfloat16 [positions, head_dim / 2].
@@ -154,19 +214,12 @@ def rope_table(cos: Tensor, sin: Tensor, positions: Tensor, inv_freq: Tensor) ->
         inv_freq: float32 [head_dim / 2].
     """
     value = torch.cat((cos, sin), 1)
-    angle = positions.to(torch.float64)[:, None] * inv_freq.to(torch.float64)
-    reach = angle * 2.0**-22
-
-    def at(shift: Tensor) -> Tensor:
-        return to_bf16(torch.cat(((angle + shift).cos(), (angle + shift).sin()), 1)).float()
-
-    bounds = torch.stack((value.float(), at(-reach), at(reach)))
-    low, high = bounds.amin(0).reshape(-1), bounds.amax(0).reshape(-1)
+    low, high = (bound.reshape(-1) for bound in table_bounds(cos, sin, positions, inv_freq))
 
     def explain(got: Tensor, where: Tensor) -> Tensor:
         got = got.reshape(-1)[where]
         distance = ulp_distance(got, value.reshape(-1)[where])
-        is_near = (got.float() >= low[where]) & (got.float() <= high[where])
-        return torch.where(is_near, distance.clamp_max(1), distance)
+        is_near = (got >= low[where]) & (got <= high[where])
+        return torch.where(is_near, distance.clamp_max(1), distance.clamp_min(2))
 
     return Replayed(value, explain)

@@ -6,7 +6,6 @@ from verification import compare
 from verification.compare import (
     FAIL,
     PASS,
-    allowed_differing,
     failed,
     first_failure,
     judge_bits,
@@ -21,24 +20,12 @@ def test_bits_means_every_one(differing, status):
     assert judge_bits(differing, 10**9, "them").status == status
 
 
-@pytest.mark.parametrize(
-    ("differing", "num_values", "status"),
-    [(0, 1, PASS), (1000, 10**6, PASS), (1001, 10**6, FAIL), (30, 576, FAIL), (1, 576, PASS)],
-)
-def test_few_values_may_differ_by_one_ulp(differing, num_values, status):
-    assert judge_replayed(differing, num_values, 1, "it").status == status
+def test_values_that_one_rounding_explains_may_differ():
+    assert judge_replayed(30, 576, 1, "it").status == PASS
 
 
-def test_a_single_value_two_ulps_off_is_too_far():
+def test_a_single_value_that_none_explains_fails():
     assert judge_replayed(1, 10**6, 2, "it").status == FAIL
-
-
-def test_a_small_cell_is_allowed_chance_and_a_large_one_a_thousandth():
-    assert allowed_differing(64) < 5  # one eps fault differs in 5 % of values, 3 of 64
-    assert allowed_differing(576) < 0.05 * 576 / 4
-    for num_values in (10**5, 10**6, 10**7):
-        assert allowed_differing(num_values) == num_values // 1000
-    assert all(allowed_differing(n) <= allowed_differing(n + 500) for n in range(0, 20000, 500))
 
 
 @pytest.mark.parametrize("ratio", [1.0001, math.inf, math.nan])

@@ -5,7 +5,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from verification import replay
 from verification.replay import Replayed
-from verification.rounding import neighbour, same_bits, to_bf16
+from verification.rounding import neighbour, same_bits, to_bf16, ulp_distance
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
@@ -51,7 +51,7 @@ def test_rotary_embedding_is_transformers_to_the_bit_given_the_table():
     both = [torch.cat((t, t), -1)[None] for t in (cos, sin)]
     got = apply_rotary_pos_emb(q, q, *both)[0].transpose(1, 2).reshape(rows, heads * dim)
 
-    assert torch.equal(replay.rotary_embedding(x, cos, sin, dim, True).value, got)
+    assert torch.equal(replay.rotary_embedding(x, cos, sin, dim).value, got)
 
 
 def test_residual_add_is_transformers_to_the_bit():
@@ -69,34 +69,36 @@ def test_copies_and_sums_leave_no_inner_rounding_open():
 
 
 def test_a_flip_of_the_inner_rounding_counts_as_one_ulp_however_far_the_result_moves():
-    x, weight = normal(4, 64), normal(64, seed=1, scale=3.0)
+    x, weight = normal(4096, 64), torch.full((64,), 1.375).bfloat16()
     expected = replay.rms_norm(x, weight, 1e-5)
-    wide = x.double()
-    inner = to_bf16(wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt())
-    for steps in (1, 2, -1):
-        got = to_bf16(neighbour(inner, steps).float() * weight.float())
-        ulps = inner_ulps(expected, got)
-        assert int(ulps.max()) == abs(steps)
+    factor = (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt().float()
+    moved = (factor.view(torch.int32) - 4).view(torch.float32)
+    got = to_bf16(to_bf16(x.float() * moved).float() * weight.float())
+
+    assert int(ulp_distance(got, expected.value).max()) > 1
+    assert int(inner_ulps(expected, got).max()) == 1
 
 
-def test_what_no_inner_rounding_explains_is_more_than_any_that_is_allowed():
+def test_what_no_inner_rounding_explains_is_two_ulps_at_least():
     x, weight = normal(4, 64), normal(64, seed=1)
     expected = replay.rms_norm(x, weight, 1e-5)
-    got = neighbour(expected.value, 60)
 
-    assert int(inner_ulps(expected, got).min()) > replay.MAX_INNER_ULPS
+    assert int(inner_ulps(expected, neighbour(expected.value, 1)).min()) == 2
+    assert int(inner_ulps(expected, neighbour(expected.value, 60)).min()) == 60
 
 
-def test_a_step_of_cos_or_sin_counts_as_one_ulp_if_the_table_is_not_the_engines():
+def test_a_value_between_the_bounds_of_cos_or_sin_is_explained():
     x, angle = normal(6, 64), torch.rand(6, 32, generator=torch.Generator().manual_seed(1)) + 0.2
     cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
-    moved = replay.rotary_embedding(x, neighbour(cos, 1), sin, 64, True).value
+    low, high = torch.cat((cos, sin), 1), torch.cat((cos, neighbour(sin, 1)), 1)
 
-    theirs = replay.rotary_embedding(x, cos, sin, 64, False)
-    own = replay.rotary_embedding(x, cos, sin, 64, True)
-    assert int(inner_ulps(theirs, moved).max()) == 1
+    theirs = replay.rotary_embedding(x, cos, sin, 64, (low, high))
+    own = replay.rotary_embedding(x, cos, sin, 64)
+    for rows, is_explained in ((neighbour(sin, 1), True), (neighbour(sin, 2), False)):
+        moved = replay.rotary_embedding(x, cos, rows, 64).value
+        assert share_differing(own, moved) > 0.01
+        assert (int(inner_ulps(theirs, moved).max()) == 1) is is_explained
     assert own.explain is None
-    assert share_differing(own, moved) > 0.01
 
 
 def table(inv_freq: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,7 +24,7 @@ def rotary_embedding(scene: Scene) -> Iterator[Guess]:
     cos, sin = scene.rope.of(positions)
 
     def rotated(cos: Tensor, sin: Tensor, x: Tensor = x) -> Tensor:
-        return replay.rotary_embedding(x, cos, sin, head_dim, True).value
+        return replay.rotary_embedding(x, cos, sin, head_dim).value
 
     yield Guess("transformers with adjacent-pair RoPE", _adjacent_pairs(x, cos, sin, head_dim))
     yield Guess("adjacent-pair RoPE, halves written", _pairs_to_halves(x, cos, sin, head_dim))

@@ -115,7 +115,6 @@ def _on_model(kernel: Kernel, name: str) -> Iterator[Check]:
         def grade(grader=grader, arguments=(config, reference, prompts, values, is_probe)) -> None:
             passes = run_operation(kernel, kernel.operation, *arguments)
             grader.grade(passes, lambda layer: None)
-            grader.finish()
 
         yield _guarded(words, findings, grade, grader.cells)
 

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -117,8 +119,23 @@ class TestTheSample:
             asked = checks.for_generated(file, GPU, ROOT)
 
             assert asked[0] == checks.tests(test) and (ROOT / file).exists()
-            assert all(check.request["marks"] == checks.GPU_MARK for check in asked[1:-1])
-            assert asked[-1] == checks.tests(checks.CUDA_FAULTS)
+            later = asked[1 : asked.index(checks.tests(checks.CUDA_FAULTS))]
+            assert later and all(check.request["marks"] == checks.GPU_MARK for check in later)
+
+    def test_every_kernel_meets_the_rules_of_ptx_where_it_is_compiled(self):
+        def ruled(name: str) -> list[str]:
+            asked = checks.for_generated(f"csrc/kernels/{name}", GPU, ROOT)
+            labels = [check.label for check in asked if check.request["marks"] != checks.GPU_MARK]
+            rule = f"{checks.PTX_RULE}["
+            return [label[len(rule) : -1] for label in labels if label.startswith(rule)]
+
+        assert ruled("argmax.cu") == ["argmax"]
+        assert ruled("decode_linear.cuh") == ["decode_step"]
+        split = ["gated_linear", "linear_add", "linear_many", "qkv_linear"]
+        assert ruled("linear_ring.cuh") == ["decode_batch_many", *split]
+        assert all(ruled(Path(f).name) for f in sources(ROOT, GPU) if ".cu" in f)
+        assert checks.compiled_into("csrc/model/decode.c", ROOT) == ()
+        assert f"def {checks.PTX_RULE.partition('::')[2]}(" in (ROOT / checks.PTX_RULES).read_text()
 
     def test_what_shares_memory_by_barriers_meets_racecheck_last(self):
         for name, case in checks.RACED.items():

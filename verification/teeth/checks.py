@@ -3,6 +3,7 @@
 Knows which tests belong to which source and what a test folder proves; knows nothing of faults.
 """
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -143,6 +144,10 @@ RACED = {
     "rms_norm": "rows",
     "argmax": "rows",
 }
+# What the PTX of every kernel keeps, whatever its bits; asked of each file that includes a source.
+PTX_RULES = "tests/kernels/test_ptx_rules.py"
+PTX_RULE = f"{PTX_RULES}::test_a_sources_kernels_keep_every_rule"
+INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.M)  # of the same folder
 # What a launcher does where CUDA refuses; asked last in the GPU's lane, over a made-up runtime.
 CUDA_FAULTS = "tests/runtime/test_cuda_faults.py"
 # What a kernel's arithmetic is held to without a device; asked first there.
@@ -174,9 +179,11 @@ def for_generated(file: str, device: str, root: Path) -> tuple[Check, ...]:
     if device == GPU:
         on_host = [tests(HOST_TESTS[file])] if file in HOST_TESTS else []
         found = dict.fromkeys([*own, *gpu_tests(root)])
+        ruled = [tests(f"{PTX_RULE}[{name}]") for name in compiled_into(file, root)]
         case = RACED.get(path.stem)
         raced = [tests(f"{RACE}[{case}]", GPU)] if case else []
-        return (*on_host, *(tests(each, GPU) for each in found), tests(CUDA_FAULTS), *raced)
+        on_device = [tests(each, GPU) for each in found]
+        return (*on_host, *on_device, tests(CUDA_FAULTS), *ruled, *raced)
     of_c = file.startswith("csrc/")
     folders = ("twin", "model", "runtime", "system") if of_c else ("engine", "system")
     wide = [path for folder in folders for path in _test_files(f"tests/{folder}", root)]
@@ -184,6 +191,22 @@ def for_generated(file: str, device: str, root: Path) -> tuple[Check, ...]:
         wide = [path for path in wide if path not in WITHOUT_LIBRARY]
     asked = tuple(tests(path) for path in dict.fromkeys([*own, *wide]))
     return (verify(), *asked) if of_c else (*asked, verify())
+
+
+@cache
+def compiled_into(file: str, root: Path) -> tuple[str, ...]:
+    """The .cu files that a source of the kernels is part of, without their suffix.
+
+    Args:
+        file: from the root of the checkout.
+    """
+    folder, wanted = root / "csrc" / "kernels", {Path(file).name}
+    texts = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.cu*")}
+    if file != f"csrc/kernels/{Path(file).name}":
+        return ()
+    while more := {n for n in texts if wanted & set(INCLUDE.findall(texts[n]))} - wanted:
+        wanted |= more
+    return tuple(sorted(Path(name).stem for name in wanted if name.endswith(".cu")))
 
 
 @cache

@@ -25,6 +25,12 @@ def test_a_call_takes_what_the_clock_says():
     assert time_once(clock.work(2.0), clock) == 2.0
 
 
+def test_what_a_first_call_pays_after_others_is_not_timed():
+    clock, seconds = Clock(), iter((5.0, 2.0))
+
+    assert time_once(lambda: clock.work(next(seconds))(), clock) == 2.0
+
+
 def test_a_call_that_tells_its_own_seconds_is_believed():
     clock = Clock()
 
@@ -40,7 +46,7 @@ def test_calls_take_turns():
     for _ in range(3):
         rounds.turn()
 
-    assert "".join(order) == "abcabcabc"
+    assert "".join(order) == "aabbcc" * 3
 
 
 def test_times_are_milliseconds_times_the_scale_and_warm_up_is_forgotten():

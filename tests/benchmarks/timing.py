@@ -1,5 +1,8 @@
 """Interleaved rounds on a synchronised clock: A B C A B C, and A twice to see what noise is.
 
+Before it is timed, everybody calls once untimed: who ran before, in another process perhaps, has
+left the card's caches and clocks as suits itself, and a call of 2 ms pays for that.
+
 Knows calls and seconds; knows neither models nor devices. `clock` comes from whoever knows the
 device.
 """
@@ -48,7 +51,8 @@ class Spread:
 
 
 def time_once(call: Callable[[], float | None], clock: Clock) -> float:
-    """Seconds of one call: its own where it tells them, having a clock of its own."""
+    """Seconds of the second of two calls: its own where it tells them, having its own clock."""
+    call()
     began = clock()
     own = call()
     ended = clock()
@@ -73,7 +77,7 @@ class Interleaved:
         self._times: dict[str, list[float]] = {name: [] for name in calls}
 
     def turn(self) -> None:
-        """Every call once."""
+        """Every call once untimed and once timed."""
         for name, call in self._calls.items():
             self._times[name].append(1e3 * self._scale * time_once(call, self._clock))
 

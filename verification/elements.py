@@ -5,7 +5,6 @@ Knows expected values and passes; decides no verdict.
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from verification import measure
@@ -23,13 +22,6 @@ def num_differing(got: Tensor, other: Tensor) -> int:
     return int((~same_bits(got, other)).sum())
 
 
-def distinct_rows(values: Tensor) -> Tensor:
-    """The first of each set of rows with equal bits, ascending, int64; bfloat16 [rows, width]."""
-    _, group = torch.unique(values.contiguous().view(torch.int16), dim=0, return_inverse=True)
-    first = torch.full((int(group.max()) + 1,), len(values))
-    return first.scatter_reduce_(0, group, torch.arange(len(values)), "amin").sort().values
-
-
 def worst_element(
     expected: Replayed | Bounded, got: Tensor, run: Pass, key: TapKey, rows: slice
 ) -> Element:
@@ -38,7 +30,7 @@ def worst_element(
         element = measure.worst_bounded(expected.value, expected.budget(rows), got, rows)
         is_over = not abs(element.got - element.expected) <= (element.budget or 0.0)
     else:
-        element = measure.worst_replayed(expected.value, got, rows)
+        element = measure.worst_explained(expected, got, rows)
         is_over = element.ulps != 0
     if not is_over:
         for other in (run.reference, run.twin):

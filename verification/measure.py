@@ -164,6 +164,18 @@ def worst_replayed(expected: Tensor, got: Tensor, rows: slice) -> Element:
     return _element(got[rows], expected[rows], row, column, rows.start, None)
 
 
+def worst_explained(expected: Replayed, got: Tensor, rows: slice) -> Element:
+    """The element among some rows that the open roundings explain least; ties: the first."""
+    unequal = ~same_bits(got[rows], expected.value[rows])
+    where = unequal.reshape(-1).nonzero()[:, 0]
+    if len(where) == 0:
+        return worst_replayed(expected.value, got, rows)
+    width = got.shape[1]
+    ulps = expected.inner_ulps(got, rows.start * width + where)
+    row, column = divmod(int(where[ulps.argmax()]), width)
+    return _element(got[rows], expected.value[rows], row, column, rows.start, None)
+
+
 def _element(
     got: Tensor, expected: Tensor, row: int, column: int, first_row: int, budget: float | None
 ) -> Element:

@@ -1,7 +1,7 @@
 """Grades the operations of passes, layer by layer.
 
-Keeps cells and ULP histograms of a run; knows nothing of how the
-engine was run, of single operations (`layer_grader`) or of whole models.
+Keeps cells and ULP histograms of a run; knows nothing of how the engine was run, of single
+operations (`layer_grader`) or of whole models.
 """
 
 from collections import defaultdict

@@ -206,7 +206,7 @@ class StateGrader:
             )
         )
         if not verdict.passed:
-            element = measure.worst_replayed(expected.value, got, slice(0, len(got)))
+            element = measure.worst_explained(expected, got, slice(0, len(got)))
             self.findings.add(
                 Finding(
                     LOCAL,

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from verification.elements import (
-    distinct_rows,
     num_differing,
     position_of,
     segment_of,
@@ -88,10 +87,3 @@ def test_rows_are_traced_to_their_tokens():
 
 def test_differing_counts_bits():
     assert num_differing(torch.zeros(3).bfloat16(), -torch.zeros(3).bfloat16()) == 3
-
-
-def test_equal_rows_count_as_the_first_of_them():
-    values = torch.tensor([[1.0, 2.0], [0.0, 1.0], [1.0, 2.0], [-0.0, 1.0], [0.0, 1.0]]).bfloat16()
-
-    assert distinct_rows(values).tolist() == [0, 1, 3]
-    assert distinct_rows(values[:1]).tolist() == [0]

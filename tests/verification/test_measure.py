@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from verification import measure
-from verification.measure import bounded, replayed, worst_bounded, worst_replayed
+from verification.measure import bounded, replayed, worst_bounded, worst_explained, worst_replayed
 from verification.replay import Replayed
 from verification.rounding import half_spacing, neighbour, to_bf16
 from verification.signed_statistics import (
@@ -181,3 +181,19 @@ def test_the_worst_elements_are_found_with_their_place():
     assert element.got == float(got[7, 11])
     element = worst_replayed(to_bf16(value), got, rows)
     assert (element.row, element.column, element.ulps, element.budget) == (7, 11, 9, None)
+
+
+def test_the_element_shown_is_one_that_no_rounding_explains():
+    value = torch.ones(4, 8).bfloat16()
+
+    def explain(got: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        return torch.where(where < 12, 1, 2)  # the first row and a half lie at borders
+
+    got = value.clone()
+    got[0, 3], got[1, 2], got[1, 6] = 1.5, neighbour(value[1, 2], 1), neighbour(value[1, 6], 1)
+    expected = Replayed(value, explain)
+
+    for rows in (slice(0, 4), slice(1, 4)):
+        element = worst_explained(expected, got, rows)
+        assert (element.row, element.column, element.ulps) == (1, 6, 1)
+    assert worst_explained(expected, got, slice(2, 4)).ulps == 0

@@ -29,6 +29,7 @@ WRITE_NOTHING = re.compile(
 MEETING = re.compile(r"bar\.warp\.sync|bar\.sync|barrier\.cluster\.wait")
 ACQUIRE = re.compile(r"(ld|atom)\.acq")
 NAMED_BARRIER = re.compile(r"bar\.(?:sync|arrive)\s+([^\s,]+)")
+GLOBAL_WRITE = re.compile(r"(st|red|atom)\.([\w.]+\.)?global")
 SHARED_ACCESS = re.compile(r"(ld|st)(\.volatile)?\.shared|ldmatrix")
 
 
@@ -112,9 +113,15 @@ def stages_released_while_read(kernel: Kernel) -> list[str]:
     ]
 
 
-# It asks twice whether there is a next tile: a path that says yes and then no ends with a group
-# under way, and no thread takes it.
-ASKS_TWICE = "attention_prefill_kernel"
+# They ask one question twice: a path that says yes and then no is taken by no thread. The first,
+# whether there is a next tile, would end with a group under way; the second, which group of warps
+# adds up the last sums, would write them without having waited.
+ASKS_TWICE = ("attention_prefill_kernel", "batch_qkv_kernel")
+
+
+def asks_twice(kernel: Kernel) -> bool:
+    """Whether a kernel is one of those."""
+    return any(name in kernel.name for name in ASKS_TWICE)
 
 
 def products_out_of_turn(kernel: Kernel) -> list[str]:
@@ -123,13 +130,12 @@ def products_out_of_turn(kernel: Kernel) -> list[str]:
     A group's registers were read since the one before: a wgmma.fence orders that. A wait is for
     what was committed. And a thread that ends beside its products never knew of their end.
     """
-    is_seen_to_end = ASKS_TWICE not in kernel.name
     return [
         code
         for code, at in products_of(kernel)
         if (code.startswith("wgmma.mma_async") and not at.is_fenced)
         or (code.startswith("wgmma.wait_group") and at.has_begun)
-        or (code == "ret" and is_seen_to_end and (at.has_begun or at.pending))
+        or (code == "ret" and not asks_twice(kernel) and (at.has_begun or at.pending))
     ]
 
 
@@ -170,12 +176,42 @@ def values_that_nobody_wrote(kernel: Kernel) -> list[str]:
     return [code for code in kernel.code if set(REGISTER.findall(code)) - written]
 
 
+# What starts behind them reads, without waiting, what the kernel before them may still write.
+START_OTHERS_LATE = ("batch_qkv_kernel", "batch_split_kernel")
+
+
+def writes_ahead_of_the_kernel_before(kernel: Kernel) -> list[str]:
+    """Writes to global memory by threads that have not waited for the kernel before, in a chain.
+
+    That kernel may still read or write there. And where others rely on it, a thread lets the next
+    kernel start only when it has waited itself.
+    """
+    is_chained = any(code.startswith("griddepcontrol") for code in kernel.code)
+    has_waited = states(
+        kernel,
+        not is_chained,
+        lambda code, has: has or code.startswith("griddepcontrol.wait"),
+        lambda a, b: a and b,
+    )
+    is_late = any(name in kernel.name for name in START_OTHERS_LATE)
+    return [
+        code
+        for code, has in zip(kernel.code, has_waited, strict=True)
+        if has is False
+        and (
+            (GLOBAL_WRITE.match(code) and not asks_twice(kernel))
+            or (code.startswith("griddepcontrol.launch") and is_late)
+        )
+    ]
+
+
 RULES = (
     copies_before_a_proxy_fence,
     stages_released_while_read,
     products_out_of_turn,
     matrices_stored_without_meeting,
     values_that_nobody_wrote,
+    writes_ahead_of_the_kernel_before,
 )
 
 
@@ -263,6 +299,13 @@ static __device__ void add(float *out) {
     out[threadIdx.x] = sum;
 }
 
+template <bool kLetsFirst, bool kIsRight>
+static __device__ void write_behind(float *out) {
+    if (kLetsFirst) let_next_kernel_start();
+    if (kIsRight || threadIdx.x < 32) wait_for_previous_kernel();
+    out[threadIdx.x] = 1.0f;
+}
+
 extern "C" {
 __global__ void copies_right(unsigned *c, const void *r) { meet_and_copy<true>(c, r); }
 __global__ void copies_wrong(unsigned *c, const void *r) { meet_and_copy<false>(c, r); }
@@ -275,6 +318,9 @@ __global__ void matrices_right(uint32_t *out, int count) { stage<true>(out, coun
 __global__ void matrices_wrong(uint32_t *out, int count) { stage<false>(out, count); }
 __global__ void values_right(float *out) { add<true>(out); }
 __global__ void values_wrong(float *out) { add<false>(out); }
+__global__ void writes_right(float *out) { write_behind<true, true>(out); }
+__global__ void writes_wrong(float *out) { write_behind<false, false>(out); }
+__global__ void writes_wrong_batch_split_kernel(float *out) { write_behind<true, true>(out); }
 }
 """
 

@@ -93,8 +93,8 @@ class LayerTruth:
         """What RoPE gives with transformers' table, or with one that may be as right."""
         x = run.inputs[self._sources(tap)[0]]
         cos, sin = self._reference.rope_table(run.positions.tolist())
-        bounds = replay.table_bounds(cos, sin, run.positions, self._reference.inv_freq())
-        return replay.rotary_embedding(x, cos, sin, self._config.head_dim, bounds)
+        tables = replay.possible_tables(run.positions, self._reference.inv_freq())
+        return replay.rotary_embedding(x, cos, sin, self._config.head_dim, tables)
 
     def _sources(self, tap: str) -> list[tuple[str, int]]:
         num_layers = self._config.num_layers

@@ -28,6 +28,9 @@ LAMBDA = 6
 # Of float32 in gate * sigmoid(gate) at most, beside exp's argument, whose own rounding counts as
 # often as the argument is large.
 SILU_ROUNDINGS = 16
+EXP_OVERFLOWS = math.log(torch.finfo(torch.float32).max)  # beyond, exp in float32 is infinite
+TABLE_ROUNDINGS = 8  # of cos and sin in float32: 3.5 ULPs are usual in vector libraries
+FREQUENCY_ULPS = (-2, -1, 0, 1, 2)  # of float32: how far two pows lead a frequency apart
 
 # (got, flat indices) -> of each of those values 0: the expected bits; 1: those beyond the border of
 # the inner rounding, where the exact value lies at it; else the results' distance in ULPs, 2 at
@@ -105,7 +108,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Replayed:
     mean = wide.square().mean(-1, keepdim=True)
     root = (mean + float(np.float32(eps))).sqrt_()
     inner = to_bf16(wide / root)
-    reach = (LAMBDA + math.sqrt(width)) * U32  # the sum of squares in any order, root and product
+    # The sum of squares in eight lanes or more, root and product. Summed one by one, errors may
+    # lean one way: with a massive channel first and 2047 small ones they reach three times this.
+    reach = (LAMBDA + math.sqrt(width)) * U32
 
     def scaled(inner: Tensor, weight: Tensor) -> Tensor:
         return to_bf16(inner.to(torch.float32) * weight.to(torch.float32))
@@ -120,7 +125,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Replayed:
 
 
 def silu_and_mul(gate: Tensor, up: Tensor) -> Replayed:
-    """bf(bf(gate * sigmoid(gate)) * up), the sigmoid in float64."""
+    """bf(bf(gate * sigmoid(gate)) * up), the sigmoid in float64.
+
+    Of a gate whose exp overflows in float32 (below -88.7) -0 is as right, transformers' own.
+    """
     wide = gate.to(torch.float64)
     inner = to_bf16(wide * torch.sigmoid(wide))
 
@@ -131,6 +139,8 @@ def silu_and_mul(gate: Tensor, up: Tensor) -> Replayed:
         own = gate.reshape(-1)[where].to(torch.float64)
         reach = (SILU_ROUNDINGS + own.abs()) * U32
         across = _across_border(own * torch.sigmoid(own), inner.reshape(-1)[where], reach)
+        vanished = torch.full_like(gate.reshape(-1)[where], -0.0)  # gate / (1 + infinity)
+        across.append((vanished, own < -EXP_OVERFLOWS))
         return [(scaled(moved, up.reshape(-1)[where]), is_open) for moved, is_open in across]
 
     value = scaled(inner, up)
@@ -142,15 +152,15 @@ def rotary_embedding(
     cos: Tensor,
     sin: Tensor,
     head_dim: int,
-    bounds: tuple[Tensor, Tensor] | None = None,
+    tables: list[tuple[Tensor, Tensor]] | None = None,
 ) -> Replayed:
     """Half-split rotation, each product and the sum rounded to bfloat16.
 
     Args:
         x: bfloat16 [rows, num_heads * head_dim].
         cos, sin: bfloat16 [rows, head_dim / 2], a row per row of x.
-        bounds: of another table that might have been used, see table_bounds; None: this very one
-            was, so that nothing is open: products of bfloat16 are exact in float32.
+        tables: others that might have been used, see possible_tables; None: this very one was, so
+            that nothing is open: products of bfloat16 are exact in float32.
     """
     rows, width = x.shape
     half = head_dim // 2
@@ -165,48 +175,53 @@ def rotary_embedding(
         return to_bf16(along.to(torch.float32) + sign * across.to(torch.float32))
 
     value = rotated(halves, partner, c, s, sign).reshape(rows, width)
-    if bounds is None:
+    if tables is None:
         return Replayed(value)
 
     def candidates(where: Tensor) -> list[tuple[Tensor, Tensor]]:
         row, column = where // width, where % width
         at = (row, column // head_dim, column % head_dim // half, column % half)
         own_x, own_partner, own_sign = (t[at] for t in (halves, partner, sign))
-        of_cos = [c[at], *(bound[row, column % half] for bound in bounds)]
-        of_sin = [s[at], *(bound[row, half + column % half] for bound in bounds)]
+        pair, found = column % half, [(c[at], s[at])]
+        for bounds in tables:
+            of_cos, of_sin = ([each[row, i] for each in bounds] for i in (pair, half + pair))
+            found += product(of_cos, of_sin)
         return [
             (rotated(own_x, own_partner, each_c, each_s, own_sign), torch.tensor(True))
-            for each_c, each_s in product(of_cos, of_sin)
+            for each_c, each_s in found
         ]
 
     return Replayed(value, _explained_by(value, candidates))
 
 
-def table_bounds(
-    cos: Tensor, sin: Tensor, positions: Tensor, inv_freq: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The lowest and the highest of what cos and sin may be, cos beside sin, as in rope_table.
+def possible_tables(positions: Tensor, inv_freq: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The lowest and the highest that cos, beside it sin, may be: a pair for each frequency.
 
-    A frequency or an angle may be a float32 ULP off, as implementations of pow differ: two
-    roundings of the angle, and as many of the result, which is all there is at an extremum.
+    A frequency may be some float32 ULPs off, as implementations of pow differ. The angle is one
+    rounded product of float32, as in transformers; TABLE_ROUNDINGS are left to cos and sin.
+
+    Args:
+        positions: int64.
+        inv_freq: float32 [head_dim / 2].
+
+    Returns:
+        bfloat16 [positions, head_dim], twice, for each of FREQUENCY_ULPS.
     """
-    angle = positions.to(torch.float64)[:, None] * inv_freq.to(torch.float64)
-    reach = angle * 4 * U32
-
-    def at(shift: Tensor, stretch: float) -> Tensor:
-        exact = torch.cat(((angle + shift).cos(), (angle + shift).sin()), 1)
-        return to_bf16(exact * stretch).to(torch.float32)
-
-    ways = [at(shift, 1 + sign * 2 * U32) for shift in (-reach, reach) for sign in (-1, 1)]
-    all_ways = torch.stack((torch.cat((cos, sin), 1).to(torch.float32), *ways))
-    return to_bf16(all_ways.amin(0)), to_bf16(all_ways.amax(0))
+    found, reach = [], TABLE_ROUNDINGS * U32
+    for ulps in FREQUENCY_ULPS:
+        frequency = (inv_freq.view(torch.int32) + ulps).view(torch.float32)
+        angle = (positions.to(torch.float32)[:, None] * frequency).to(torch.float64)
+        exact = torch.cat((angle.cos(), angle.sin()), 1)
+        found.append((to_bf16(exact * (1 - reach)), to_bf16(exact * (1 + reach))))
+    return found
 
 
 def rope_table(cos: Tensor, sin: Tensor, positions: Tensor, inv_freq: Tensor) -> Replayed:
-    """Transformers' cos beside its sin; the inner rounding that is open is the float32 angle's.
+    """Transformers' cos beside its sin; what is open is each pair's frequency.
 
-    Near a zero of cos a rounding of the angle is many bfloat16 ULPs: a value is explained by lying
-    between its bounds.
+    An ULP of a frequency is many bfloat16 ULPs of cos far out, so a value is explained by a table
+    of possible_tables; and by one and the same at every position of its pair, which tells a
+    frequency from angles that are formed otherwise.
 
     Args:
         cos, sin: bfloat16 [positions, head_dim / 2].
@@ -214,12 +229,16 @@ def rope_table(cos: Tensor, sin: Tensor, positions: Tensor, inv_freq: Tensor) ->
         inv_freq: float32 [head_dim / 2].
     """
     value = torch.cat((cos, sin), 1)
-    low, high = (bound.reshape(-1) for bound in table_bounds(cos, sin, positions, inv_freq))
+    half = len(inv_freq)
+    tables = possible_tables(positions, inv_freq)
 
     def explain(got: Tensor, where: Tensor) -> Tensor:
-        got = got.reshape(-1)[where]
-        distance = ulp_distance(got, value.reshape(-1)[where])
-        is_near = (got >= low[where]) & (got <= high[where])
-        return torch.where(is_near, distance.clamp_max(1), distance.clamp_min(2))
+        is_met = torch.stack([same_bits(got, low) | same_bits(got, high) for low, high in tables])
+        is_met[FREQUENCY_ULPS.index(0)] |= same_bits(got, value)
+        is_met = is_met.unflatten(2, (2, half))  # [frequencies, positions, cos or sin, pairs]
+        nearest = is_met.sum((1, 2)).argmax(0)
+        is_met = is_met.movedim(3, 0)[torch.arange(half), nearest].movedim(0, 2).reshape(-1)
+        distance = ulp_distance(got.reshape(-1)[where], value.reshape(-1)[where])
+        return torch.where(is_met[where], distance.clamp_max(1), distance.clamp_min(2))
 
     return Replayed(value, explain)

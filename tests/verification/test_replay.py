@@ -92,7 +92,7 @@ def test_a_value_between_the_bounds_of_cos_or_sin_is_explained():
     cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
     low, high = torch.cat((cos, sin), 1), torch.cat((cos, neighbour(sin, 1)), 1)
 
-    theirs = replay.rotary_embedding(x, cos, sin, 64, (low, high))
+    theirs = replay.rotary_embedding(x, cos, sin, 64, [(low, high)])
     own = replay.rotary_embedding(x, cos, sin, 64)
     for rows, is_explained in ((neighbour(sin, 1), True), (neighbour(sin, 2), False)):
         moved = replay.rotary_embedding(x, cos, rows, 64).value
@@ -119,6 +119,30 @@ def test_a_table_whose_frequency_is_a_float32_ulp_off_is_explained():
 
     assert share_differing(expected, got) > 0
     assert int(inner_ulps(expected, got).max()) == 1
+
+
+def test_a_rotation_by_a_frequency_a_float32_ulp_off_is_explained():
+    """Far out the cosines lie between those of other frequencies, many bfloat16 ULPs away."""
+    positions, x = POSITIONS[-300:] * 8, normal(300, 192)
+    cos, sin = table(INV_FREQ, positions)
+    tables = replay.possible_tables(positions, INV_FREQ)
+    expected = replay.rotary_embedding(x, cos, sin, 64, tables)
+    for ulps in (-1, 1):
+        other = (INV_FREQ.view(torch.int32) + ulps).view(torch.float32)
+        got = replay.rotary_embedding(x, *table(other, positions), 64).value
+
+        assert share_differing(expected, got) > 0.01
+        assert int(inner_ulps(expected, got).max()) == 1
+
+
+def test_an_angle_in_float64_is_not_explained():
+    """Its values lie between those of one frequency and of the next, at some positions of each."""
+    cos, sin = table(INV_FREQ, POSITIONS)
+    expected = replay.rope_table(cos, sin, POSITIONS, INV_FREQ)
+    angle = POSITIONS.double()[:, None] * INV_FREQ.double()
+    got = torch.cat((to_bf16(angle.cos()), to_bf16(angle.sin())), 1)
+
+    assert int(inner_ulps(expected, got).max()) > 1
 
 
 @pytest.mark.parametrize("fault", ["bf16-frequencies", "position-plus-one", "sin-for-cos"])

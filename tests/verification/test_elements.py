@@ -66,6 +66,18 @@ def test_where_truth_holds_what_should_repeat_is_shown(value, field):
         assert element.expected == float(other[4, 1])
 
 
+@pytest.mark.parametrize("field", ["reference", "twin"])
+def test_what_a_rounding_explains_does_not_hide_what_should_repeat(value, field):
+    got, other = to_bf16(value), to_bf16(value)
+    other[4, 1] = neighbour(other[4, 1], 1)
+    got[2, 3] = other[2, 3] = neighbour(got[2, 3], 1)
+    run = a_pass(**{field: {KEY: other}})
+    for ulps, place in ((1, (4, 1)), (2, (2, 3))):
+        expected = Replayed(to_bf16(value), lambda got, where, u=ulps: torch.full_like(where, u))
+        element = worst_element(expected, got, run, KEY, slice(2, 6))
+        assert (element.row, element.column) == place
+
+
 def test_the_worst_of_a_channel_is_in_that_channel(value):
     got = to_bf16(value)
     got[0, 1] = neighbour(got[0, 1], 900)

@@ -275,6 +275,19 @@ def test_a_model_whose_serving_is_refused_is_closed(library: Library, monkeypatc
     assert len(closed) == 1
 
 
+def test_a_with_block_closes_however_it_is_left(library: Library, monkeypatch):
+    closed, close = [], ModelRunner.close
+    monkeypatch.setattr(ModelRunner, "close", lambda runner: closed.append(close(runner)))
+    room = {"kv_cache_memory_bytes": 1 << 22, "max_num_seqs": 4, "block_size": 16}
+
+    with LLM("toy", device="cpu", library=library, **room):
+        assert not closed
+    with pytest.raises(KeyError), LLM("toy", device="cpu", library=library, **room):
+        raise KeyError
+
+    assert len(closed) == 2
+
+
 @pytest.mark.parametrize("half", ["begin", "end"])
 def test_an_interrupt_in_the_middle_of_a_step_leaves_a_model_that_answers(
     llm: LLM, monkeypatch, half: str

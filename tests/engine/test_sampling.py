@@ -123,6 +123,17 @@ def test_rows_are_stacked_in_order_with_their_edits():
     assert batch.max_logprobs == 2
 
 
+def test_each_rows_edits_begin_behind_those_of_the_rows_before():
+    biases = ({4: 1.5, 9: -2.0}, {}, {7: 1.0}, {8: 0.5})
+    rows = [SequenceSampler(SamplingParams(logit_bias=bias), [1], seed=5) for bias in biases]
+
+    batch = build_sampling(rows)
+
+    assert batch is not None
+    assert batch.rows["first_edit"].tolist() == [0, 2, 2, 3]
+    assert batch.edits["token_id"].tolist() == [4, 9, 7, 8]
+
+
 def test_sampled_rows_lie_between_scored_and_ignored_ones():
     biased = SequenceSampler(SamplingParams(logit_bias={4: 1.5}), [1], seed=5)
     drawn = SequenceSampler(SamplingParams(), [1, 2], seed=6)

@@ -47,6 +47,7 @@ def test_a_struct_used_again_says_what_a_new_one_would(library):
         (first, None, ids, drawn, None),
         (first, None, ids, scored, Logprobs.empty(2, 1)),
         (first, None, ids, drawn, None),
+        (first, None, ids, drawn, Logprobs.empty(2, 0)),
         (first, None, None, None, None),
         (one, None, ids[:1], sampling(1), None),
         (first, logits, None, sampling(2, top_k=3), None),

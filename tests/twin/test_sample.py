@@ -97,6 +97,13 @@ class TestTies:
     def test_all_that_equal_the_last_of_top_k_stay(self, twin: Ops):
         assert self.kept(twin, floats(1, 2, 1, 2, 1, 0), top_k=3) == {0, 1, 2, 3, 4}
 
+    @pytest.mark.parametrize("ulps", [0, 1])
+    @pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_p": 0.25}])
+    def test_one_float_below_the_last_is_not_equal(self, twin: Ops, ulps: int, filters: dict):
+        last = np.float32(1) + ulps * np.spacing(np.float32(1))  # its bits even, then odd
+
+        assert self.kept(twin, floats(last, np.nextafter(last, np.float32(0))), **filters) == {0}
+
     def test_all_that_equal_the_last_of_top_p_stay(self, twin: Ops):
         # four of a quarter each: none of them stands above another
         assert self.kept(twin, floats(1, 1, 1, 1), top_p=1e-6) == {0, 1, 2, 3}

@@ -28,7 +28,6 @@ from verification.oracle import Reference
 from verification.passes import LOCAL, Pass, Segment
 from verification.replay import Replayed
 from verification.results import Cell, no_histogram
-from verification.rounding import same_bits
 from verification.taps import LAYER_POINTS, POINT, Point
 
 OTHER_BITS = "the same tokens in prefill"
@@ -125,7 +124,7 @@ class LayerGrader:
                 if point.operation == "rotary_embedding":
                     own = self._truth.expect_of_transformers(point.name, run)
                 both = (run.outputs[key], run.reference[key])
-                largest = max(_max_ulp(own, each, rows) for each in both)
+                largest = max(measure.max_inner_ulp(own, each, rows) for each in both)
                 as_theirs = _judge_exact(own, differing, values, largest, "transformers")
                 verdict = compare.first_failure(verdict, as_theirs)
         if from_twin is not None:
@@ -248,12 +247,6 @@ def _guilty(measured: Measured, rows: slice) -> slice:
     row = rows.start + int(measured.z_row[rows].argmax())
     is_guilty = float(measured.z_row[row]) > compare.MAX_Z_ROW
     return slice(row, row + 1) if is_guilty else rows
-
-
-def _max_ulp(expected: Replayed, got: torch.Tensor, rows: slice) -> int:
-    unequal = ~same_bits(got[rows], expected.value[rows])
-    where = rows.start * got.shape[1] + unequal.reshape(-1).nonzero()[:, 0]
-    return int(expected.inner_ulps(got, where).max()) if len(where) else 0
 
 
 def _judge_exact(

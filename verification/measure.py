@@ -166,14 +166,26 @@ def worst_replayed(expected: Tensor, got: Tensor, rows: slice) -> Element:
 
 def worst_explained(expected: Replayed, got: Tensor, rows: slice) -> Element:
     """The element among some rows that the open roundings explain least; ties: the first."""
-    unequal = ~same_bits(got[rows], expected.value[rows])
-    where = unequal.reshape(-1).nonzero()[:, 0]
+    where, ulps = _differing(expected, got, rows)
     if len(where) == 0:
         return worst_replayed(expected.value, got, rows)
-    width = got.shape[1]
-    ulps = expected.inner_ulps(got, rows.start * width + where)
-    row, column = divmod(int(where[ulps.argmax()]), width)
+    row, column = divmod(int(where[ulps.argmax()]), got.shape[1])
     return _element(got[rows], expected.value[rows], row, column, rows.start, None)
+
+
+def max_inner_ulp(expected: Replayed, got: Tensor, rows: slice) -> int:
+    """The largest of replay.Explain among some rows; 0 where every bit is the expected one."""
+    _, ulps = _differing(expected, got, rows)
+    return int(ulps.max()) if len(ulps) else 0
+
+
+def _differing(expected: Replayed, got: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """Flat indices within the rows of what differs, and replay.Explain of each."""
+    unequal = ~same_bits(got[rows], expected.value[rows])
+    where = unequal.reshape(-1).nonzero()[:, 0]
+    if len(where) == 0:  # the usual case, for which nothing need be explained
+        return where, where
+    return where, expected.inner_ulps(got, rows.start * got.shape[1] + where)
 
 
 def _element(

@@ -72,6 +72,7 @@ def states(kernel: Kernel, start: object, step: Callable, join: Callable) -> lis
         join: of two paths that meet; it may only grow.
     """
     found = [None] * len(kernel.code)
+    # Round loops again and again: it ends since what holds may only grow, and finitely far.
     found[0], todo = start, deque([0])
     while todo:
         place = todo.popleft()

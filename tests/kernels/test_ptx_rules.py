@@ -218,7 +218,7 @@ RULES = (
 def compiled(source: Path, folder: Path) -> list[Kernel]:
     """A source's kernels by nvcc; the test is left out where there is none."""
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
-    if not nvcc:
+    if not nvcc:  # the twin alone is built there, and no kernel is there to be asked
         pytest.skip("requires nvcc")
     out = folder / "kernels.ptx"
     include = f"-I{ROOT / 'csrc' / 'common'}"

@@ -1,6 +1,6 @@
 import torch
 
-from verification.diagnosis.fit import diagnose
+from verification.diagnosis.fit import allowed_differing, diagnose
 from verification.diagnosis.scene import Guess
 from verification.replay import Replayed
 
@@ -59,3 +59,11 @@ def test_a_guess_defined_on_some_rows_says_so_and_one_on_too_few_is_not_tried():
 
 def test_a_right_output_is_not_explained_even_by_a_guess_that_equals_it():
     assert diagnose([Guess("the same", RIGHT.value)], RIGHT.value, RIGHT) is None
+
+
+def test_a_guess_of_few_values_may_miss_by_chance_and_of_many_by_a_thousandth():
+    assert allowed_differing(64) < 5  # one eps fault differs in 5 % of values, 3 of 64
+    assert allowed_differing(576) < 0.05 * 576 / 4
+    for num_values in (10**5, 10**6, 10**7):
+        assert allowed_differing(num_values) == num_values // 1000
+    assert all(allowed_differing(n) <= allowed_differing(n + 500) for n in range(0, 20000, 500))
